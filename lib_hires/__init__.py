@@ -1,0 +1,74 @@
+"""Hires Lab: coherent pictures far above a Stable Diffusion model's native size.
+
+    import lib_hires
+    from lib_hires import HiDiffusion
+
+    with lib_hires.patched(pipe.unet, HiDiffusion(), seeds=[7]):
+        image = pipe(prompt, width=1024, height=1024, generator=torch.Generator().manual_seed(7)).images[0]
+
+`apply` and `remove` are the same without a `with`. Importing this needs torch, numpy and einops only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = [
+    "Common",
+    "DeepShrink",
+    "HiDiffusion",
+    "HiresError",
+    "Request",
+    "Session",
+    "apply",
+    "methods",
+    "patched",
+    "remove",
+]
+
+_HOMES = {
+    "Common": "config",
+    "HiresError": "config",
+    "Request": "request",
+    "Session": "unet.session",
+    "methods": "methods",
+    "HiDiffusion": "unet.hidiffusion",
+    "DeepShrink": "unet.deep_shrink",
+}
+
+
+def patched(unet: Any, *methods: Any, **options: Any) -> Any:
+    """A session on `unet` for a `with` block: inside it the UNet draws by `methods`, after it it is what it was.
+
+    methods: settings objects such as `HiDiffusion()` or `DeepShrink(window_attention=True)`.
+    options: `native_size`, `family`, `clock` (see `lib_hires.Common`), `seeds` (one for each image), and the other
+    arguments of `lib_hires.Session`. Raises `HiresError` with the setting, its value and what is allowed.
+    """
+    from .config import Common, schema
+    from .unet.session import Session
+
+    names = {row.name for row in schema(Common)}
+    common = Common.from_dict({name: options.pop(name) for name in list(options) if name in names})
+    return Session(unet, methods, common, **options)
+
+
+def apply(unet: Any, *methods: Any, **options: Any) -> Any:
+    """`patched`, opened at once; returns the session. Undo it with `remove(unet)` or `session.close()`."""
+    return patched(unet, *methods, **options).open()
+
+
+def remove(unet: Any) -> None:
+    """Close every session on `unet`, the innermost first. Does nothing where there is none."""
+    from .unet.session import sessions_on
+
+    for session in sessions_on(unet):
+        session.close()
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,61 @@
+"""A settings object in its three written forms: infotext, command line, and the rows of a documentation table.
+
+Infotext is flat: one `HL <label>` key for each setting, values as `format_value` writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import HiresError
+from .settings import Settings, schema
+
+
+def format_value(value: Any) -> str:
+    """A value as it is written into infotext and shown in tables: `True`, `0.4`, `bicubic`."""
+    return (
+        repr(value)
+        if isinstance(value, float) and value != round(value, 6)
+        else (f"{value:g}" if isinstance(value, float) else str(value))
+    )
+
+
+def to_infotext(settings: Settings) -> dict[str, str]:
+    """Every setting under its `HL` key. Defaults are written too, so that a later change of them changes no old picture."""
+    return {row.infotext: format_value(getattr(settings, row.name)) for row in schema(type(settings))}
+
+
+def from_infotext(cls: type[Settings], keys: Mapping[str, str]) -> Settings:
+    """The settings that `keys` names; a key that is absent leaves its default. Raises `SettingError`."""
+    rows = [row for row in schema(cls) if row.infotext in keys]
+    return cls.from_dict({row.name: keys[row.infotext] for row in rows})
+
+
+def from_argv(pairs: Iterable[str]) -> dict[str, str]:
+    """`["t1=0.5", "raunet=off"]` as a dict of texts. Raises `HiresError` for a piece without `=`."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise HiresError(f"'--set {pair}' has no 'name=value' form. Write for example --set strength=1.2.")
+        result[name.strip()] = value.strip()
+    return result
+
+
+def to_argv(settings: Settings) -> list[str]:
+    """The `name=value` pieces that `from_argv` reads back, for the settings that differ from their defaults."""
+    return [
+        f"{row.name}={format_value(getattr(settings, row.name))}"
+        for row in schema(type(settings))
+        if getattr(settings, row.name) != row.default
+    ]
+
+
+def table(cls: type[Settings]) -> str:
+    """The schema as a Markdown table, for the documentation."""
+    lines = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    for row in schema(cls):
+        default = "auto" if row.auto and row.default == -1 else format_value(row.default)
+        lines.append(f"| `{row.name}` | {default} | {row.allowed} | {row.help} |")
+    return "\n".join(lines)

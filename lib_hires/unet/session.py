@@ -1,0 +1,274 @@
+"""A session: opened for one sampling run, it owns every change of the UNet and undoes them all.
+
+Once before each UNet call (a forward pre-hook of the UNet) it asks where the run is, finds the route of that noise level
+and swaps it in or out; window attention stays for the run. Nothing is counted, so separate cond and uncond calls,
+two-evaluation samplers, img2img and other sizes in between all come out right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.common import Common
+from ..config.errors import Conflict, HiresError
+from ..plan.method import Method, UNetPlan, Windows
+from ..plan.models import Model, read_model
+from ..plan.route import Route, Size, find_route
+from ..randomness import Stream
+from ..schedule import Level, NoiseSchedule
+from .blocks import install_route
+from .control import fit_residuals
+from .layout import Layout, read_layout
+from .patches import UndoLog
+from .window_attention import SHIFTS, install_windows
+
+_open_sessions: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
+_KEYS_A_RUN = 16_000
+"""Noise levels are told apart to this part of a run when a shift is drawn."""
+
+
+class Session:
+    """The changes of one UNet during one sampling run; a context manager, or `open()` and `close()`.
+
+    unet: the network (see `read_layout`). methods: settings of methods; at most one may resize features. common: the
+    settings beside them. seeds: the seed of each image of the batch; rows of a UNet call are taken for the images in
+    turn, unless `at(rows=...)` says otherwise. schedule: the model's noise schedule. metadata: of the checkpoint.
+    tokens_owned_by: who else divides the tokens ("Hypertile"), which switches window attention off.
+    record: shifts to answer instead of drawing, {(seed, level key, layer): k}.
+
+    Sessions on the same UNet nest: the innermost rules, the outer one is suspended until it is closed.
+    Raises `UnsupportedModel`, `SettingError` or `Conflict` when made.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        methods: Sequence[Method],
+        common: Common | None = None,
+        *,
+        seeds: Sequence[int] = (0,),
+        schedule: NoiseSchedule | None = None,
+        metadata: Mapping[str, str] | None = None,
+        v_prediction: bool = False,
+        tokens_owned_by: str | None = None,
+        record: Mapping[tuple, int] | None = None,
+    ):
+        self.unet = unet
+        self.layout: Layout = read_layout(unet)
+        self.methods, self.common = tuple(methods), common or Common()
+        self.model: Model = read_model(self.layout.structure, self.common, metadata, v_prediction)
+        self.seeds = tuple(int(seed) for seed in seeds) or (0,)
+        self.schedule = schedule or NoiseSchedule()
+        self.notes: list[str] = []
+        self.ran: Counter[str] = Counter()
+        self._tokens_owned_by = tokens_owned_by or _token_merging(self.layout)
+        self._shifts = Stream("window shift", record)
+        self._plans: dict[Size, UNetPlan] = {}
+        self._told: Level | None = None
+        self._rows: tuple[int, ...] = ()
+        self._cursor = 0
+        self._level = Level(0.0)
+        self._seeds_now: tuple[int, ...] = self.seeds
+        self._route: Route | None = None
+        self._windows: Windows | None = None
+        self._root_log, self._route_log, self._windows_log = UndoLog(), UndoLog(), UndoLog()
+        self.is_open = False
+        self._make_plan((self.model.native // 4,) * 2)  # settings that do not fit fail here, not in the first step
+
+    # Opening and closing ---------------------------------------------------------------------------------------------
+
+    def open(self) -> Session:
+        """Install. Raises `HiresError` if it is open already."""
+        if self.is_open:
+            raise HiresError("this session is open already. Close it, or make another one.")
+        stack = _open_sessions.setdefault(self.unet, [])
+        if stack:
+            stack[-1]._suspend()
+        stack.append(self)
+        self.is_open = True
+        self._resume()
+        return self
+
+    def close(self) -> None:
+        """Take everything back; any number of times."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        stack = _open_sessions.get(self.unet, [])
+        was_on_top = bool(stack) and stack[-1] is self
+        try:
+            self._suspend()
+        finally:
+            if self in stack:
+                stack.remove(self)
+            if was_on_top and stack:
+                stack[-1]._resume()
+
+    def __enter__(self) -> Session:
+        return self.open()
+
+    def __exit__(self, *_failure: object) -> None:
+        self.close()
+
+    def _resume(self) -> None:
+        self._root_log = UndoLog()
+        self._root_log.hook(self.unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
+
+    def _suspend(self) -> None:
+        self._route = self._windows = None
+        try:
+            self._windows_log.undo()
+        finally:
+            try:
+                self._route_log.undo()
+            finally:
+                self._root_log.undo()
+
+    # Telling where the run is ----------------------------------------------------------------------------------------
+
+    def at(
+        self,
+        *,
+        timestep: float | None = None,
+        sigma: float | None = None,
+        step: int | None = None,
+        steps: int | None = None,
+        rows: Sequence[int] = (),
+    ) -> None:
+        """Say where the run is, before a denoiser call: a timestep or a sigma, and the sampler's step of steps.
+
+        rows: the image that each row of the coming UNet calls belongs to, in order, over all calls of this one level.
+        Without this the timestep is read from the UNet's own arguments, which costs one transfer on a GPU.
+        """
+        if timestep is None and sigma is None:
+            raise HiresError("session.at() needs a timestep or a sigma. Pass one.")
+        timestep = self.schedule.timestep(float(sigma)) if timestep is None else float(timestep)
+        self._told = Level(self.schedule.progress(timestep), step, steps)
+        self._rows, self._cursor = tuple(rows), 0
+
+    # One call --------------------------------------------------------------------------------------------------------
+
+    def plan_for(self, size: Size) -> UNetPlan:
+        """What is done to latents of `size` (height, width). Raises `SettingError` or `Conflict`."""
+        if size not in self._plans:
+            self._plans[size] = self._make_plan(size)
+            for note in self._plans[size].notes:
+                self._note(note)
+        return self._plans[size]
+
+    def _make_plan(self, size: Size) -> UNetPlan:
+        return combine(method.plan(self.model, size, self.common) for method in self.methods)
+
+    def _before_call(self, _unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        x, timestep = _first_two(args, kwargs)
+        plan = self.plan_for(tuple(x.shape[-2:]))
+        if plan.does_nothing:
+            self._swap(None, None)
+            self.ran["plain"] += 1
+            return None
+        self._level = self._told or Level(self.schedule.progress(_as_float(timestep)))
+        self._seeds_now = self._seeds_of(x.shape[0])
+        route = find_route(self.layout.structure, tuple(x.shape[-2:]), plan.edits, self._level)
+        windows = plan.windows if plan.windows and plan.windows.gate.is_open(self._level) else None
+        self._swap(route, windows)
+        self.ran[", ".join(filter(None, (route and route.words, self._windows and "windows"))) or "plain"] += 1
+        return None if route is None else (args, fit_residuals(kwargs, route))
+
+    def _swap(self, route: Route | None, windows: Windows | None) -> None:
+        """Install what is wanted now, take back what is not."""
+        if windows is not None and self._tokens_owned_by:
+            self._note(f"Window attention is off: {self._tokens_owned_by} divides the tokens already.")
+            windows = None
+        if route != self._route:
+            self._route_log.undo()
+            self._route, self._route_log = None, UndoLog()
+            if route is not None:
+                self._guarded(self._route_log, lambda: install_route(self.layout, route, self._route_log))
+            self._route = route
+        if windows != self._windows:
+            self._windows_log.undo()
+            self._windows, self._windows_log = None, UndoLog()
+            if windows is not None:
+                self._guarded(
+                    self._windows_log,
+                    lambda: install_windows(
+                        self.layout, windows.level, self._shifts_of, self._windows_log, self._windows_passed_by
+                    ),
+                )
+            self._windows = windows
+
+    @staticmethod
+    def _guarded(log: UndoLog, install: Any) -> None:
+        try:
+            install()
+        except BaseException:
+            log.undo()
+            raise
+
+    def _shifts_of(self, layer: int, rows: int) -> tuple[int, ...]:
+        """k of each row: a function of the image's seed, the noise level and the layer."""
+        if self._windows is None or not self._windows.shifted:
+            return (0,) * rows
+        key = round(self._level.progress * _KEYS_A_RUN)
+        seeds = (
+            self._seeds_now if len(self._seeds_now) == rows else [self.seeds[r % len(self.seeds)] for r in range(rows)]
+        )
+        return tuple(self._shifts.integer(SHIFTS, seed, key, layer) for seed in seeds)
+
+    def _seeds_of(self, rows: int) -> tuple[int, ...]:
+        told = self._rows[self._cursor : self._cursor + rows]
+        if len(told) == rows:
+            self._cursor += rows
+            return tuple(self.seeds[image % len(self.seeds)] for image in told)
+        return tuple(self.seeds[row % len(self.seeds)] for row in range(rows))
+
+    def _windows_passed_by(self, why: str) -> None:
+        self._note(f"Window attention is off in a layer: {why}.")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def sessions_on(unet: nn.Module) -> list[Session]:
+    """The open sessions on a UNet, the innermost first."""
+    return list(reversed(_open_sessions.get(unet, [])))
+
+
+def combine(plans: Any) -> UNetPlan:
+    """Several methods' plans as one. Raises `Conflict` where two of them resize features or divide attention."""
+    total = UNetPlan()
+    for plan in plans:
+        if total.edits and plan.edits:
+            raise Conflict(
+                "RAU-Net and Deep Shrink both shrink the feature map; only one can. Switch 'raunet' off, or Deep Shrink."
+            )
+        if total.windows and plan.windows:
+            raise Conflict("window attention is asked for twice. Switch 'window_attention' off in one of the methods.")
+        total = total + plan
+    return total
+
+
+def _first_two(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Any]:
+    """(x, timestep) of a UNet call, by position or by the names that ldm and diffusers use."""
+    x = args[0] if args else next(kwargs[name] for name in ("x", "sample") if name in kwargs)
+    timestep = (
+        args[1] if len(args) > 1 else next((kwargs[name] for name in ("timesteps", "timestep") if name in kwargs), 0.0)
+    )
+    return x, timestep
+
+
+def _as_float(timestep: Any) -> float:
+    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+def _token_merging(layout: Layout) -> str | None:
+    """ToMe swaps the class of each transformer block; its tokens no longer form the map."""
+    names = {type(module).__name__ for module in layout.unet.modules()}
+    return "ToMe" if "ToMeBlock" in names else None

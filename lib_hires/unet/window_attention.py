@@ -1,0 +1,161 @@
+"""MSW-MSA, modified shifted window multi-head self-attention: attention inside 2x2 windows that move from step to step.
+
+    roll the map by -(k h_w/4, k w_w/4), cut it into 2x2 windows, attend in each, put it together, roll back;  k in 0..3
+
+Rolling and cutting together are one permutation of the tokens, so that each way is one gather. A map of odd size is cut
+into windows of unequal size (one group of equal windows a call): nothing is resized and no mask is needed.
+Source: HiDiffusion (arXiv 2311.17528), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layout import Layout
+from .patches import UndoLog
+
+GRID = 2
+SHIFTS = 4
+
+
+def window_bounds(length: int, grid: int = GRID) -> list[tuple[int, int]]:
+    """Cuts of an axis into at most `grid` windows, the first ones ceil(length/grid) long: [(0, 33), (33, 65)]."""
+    size = -(-length // grid)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def window_groups(height: int, width: int, shift: int, grid: int = GRID) -> list[torch.Tensor]:
+    """The windows of a map as token indices, grouped by size: a list of (windows, tokens a window) index tensors.
+
+    Token (y, x) has index y * width + x. `shift` k moves the cuts by k quarters of a window, around the borders.
+    Windows come row by row; every token is in exactly one of them.
+    """
+    rows, columns = window_bounds(height, grid), window_bounds(width, grid)
+    step_y, step_x = shift * (rows[0][1] // SHIFTS), shift * (columns[0][1] // SHIFTS)
+    index = torch.arange(height * width).view(height, width).roll((-step_y, -step_x), (0, 1))
+    groups: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for top, bottom in rows:
+        for left, right in columns:
+            window = index[top:bottom, left:right].reshape(-1)
+            groups.setdefault((bottom - top, right - left), []).append(window)
+    return [torch.stack(windows) for windows in groups.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """One gather each way for a batch: `gathers` per group, over tokens of all rows; `inverse` over their outputs."""
+
+    gathers: tuple[torch.Tensor, ...]
+    windows: tuple[int, ...]
+    inverse: torch.Tensor
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """tokens: (B, N, C) -> per group (B * windows, N / windows, C), batch outermost."""
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        rows = tokens.shape[0]
+        return [
+            flat.index_select(0, gather).view(rows * count, -1, flat.shape[-1])
+            for gather, count in zip(self.gathers, self.windows)
+        ]
+
+    def join(self, groups: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+        """The inverse of `split`, for groups of any width."""
+        width = groups[0].shape[-1]
+        flat = groups[0].reshape(-1, width) if len(groups) == 1 else torch.cat([g.reshape(-1, width) for g in groups])
+        return flat.index_select(0, self.inverse).view(rows, -1, width)
+
+
+@lru_cache(maxsize=32)
+def partition(height: int, width: int, shifts: tuple[int, ...], device: torch.device, grid: int = GRID) -> Partition:
+    """The partition of a batch of maps, row b shifted by `shifts[b]`."""
+    tokens = height * width
+    rows = {shift: window_groups(height, width, shift, grid) for shift in set(shifts)}
+    groups = [
+        torch.stack([rows[shift][group] + row * tokens for row, shift in enumerate(shifts)])
+        for group in range(len(rows[shifts[0]]))
+    ]
+    order = torch.cat([group.reshape(-1) for group in groups])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return Partition(
+        tuple(group.reshape(-1).to(device) for group in groups),
+        tuple(group.shape[1] for group in groups),
+        inverse.to(device),
+    )
+
+
+def attend_in_windows(
+    attend: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    size: tuple[int, int],
+    shifts: tuple[int, ...],
+    grid: int = GRID,
+) -> torch.Tensor:
+    """`attend` inside each window. tokens: (B, h*w, C) of a map of `size` (h, w); `shifts`: k of each row."""
+    parts = partition(*size, shifts, tokens.device, grid)
+    return parts.join([attend(group) for group in parts.split(tokens)], tokens.shape[0])
+
+
+def install_windows(
+    layout: Layout,
+    level: int,
+    shifts: Callable[[int, int], tuple[int, ...]],
+    log: UndoLog,
+    pass_by: Callable[[str], None],
+) -> None:
+    """Window attention in every self-attention of the transformers at `level`.
+
+    `shifts(layer, rows)` gives k for each row. Where tokens do not match the map (they were merged or tiled), or the
+    attention reads more than the picture itself (a context, a mask), it is left as it is, and `pass_by(why)` is told.
+    """
+    layer = 0
+    for transformer in layout.transformers(level):
+        seen = _SeenSize()
+        log.hook(transformer.register_forward_pre_hook(seen.note, with_kwargs=True))
+        for block in transformer.transformer_blocks:
+            log.override(block.attn1, "forward", _windowed(seen, layer, shifts, pass_by))
+            layer += 1
+
+
+class _SeenSize:
+    """The (height, width) that a spatial transformer was last called with."""
+
+    size: tuple[int, int] = (0, 0)
+
+    def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.size = tuple(x.shape[-2:])
+
+
+def _windowed(seen: _SeenSize, layer: int, shifts: Callable, pass_by: Callable[[str], None]) -> Callable:
+    def make(previous: Callable) -> Callable:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            height, width = seen.size
+            if x.shape[1] != height * width:
+                pass_by("its tokens are merged or tiled by something else")
+            elif _reads_more(x, args, kwargs):
+                pass_by("its self-attention reads a second picture or a mask")
+            elif min(height, width) >= GRID:
+
+                def attend(group: torch.Tensor) -> torch.Tensor:
+                    own = [group if value is x else value for value in args]
+                    return previous(group, *own, **{k: group if v is x else v for k, v in kwargs.items()})
+
+                return attend_in_windows(attend, x, seen.size, shifts(layer, x.shape[0]))
+            return previous(x, *args, **kwargs)
+
+        return forward
+
+    return make
+
+
+def _reads_more(x: torch.Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether a context other than the tokens themselves, a mask, or extra tokens are given."""
+    given = [*args, *kwargs.values()]
+    return any(isinstance(value, torch.Tensor) and value is not x for value in given)
