@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config.codecs import from_argv, from_infotext, to_argv, to_infotext
@@ -27,7 +27,7 @@ class Request:
     """What is asked for; `method` None is plain sampling."""
 
     method: Method | None = None
-    common: Common = Common()
+    common: Common = field(default_factory=Common)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:

@@ -81,12 +81,14 @@ class Level:
 class Gate:
     """Open from `start` to `end` of a run (fractions of it, start included, end excluded; an end of 1 is never reached).
 
-    By noise level: start <= progress < end. By step fraction, the published floors: int(N start) <= i < int(N end).
+    By noise level: start <= progress < end. By step fraction, as the published codes count: int(N start) <= i < int(N end)
+    (HiDiffusion), or without the `floors` N start <= i < N end (Deep Shrink).
     """
 
     end: float
     start: float = 0.0
     clock: str = NOISE_LEVEL
+    floors: bool = True
 
     @property
     def ever_open(self) -> bool:
@@ -97,7 +99,8 @@ class Gate:
         """Whether the gate is open at `level`. Raises `HiresError` where its clock is not known."""
         if self.clock == STEP_FRACTION:
             step, steps = steps_of(level)
-            return int(steps * self.start) <= step < int(steps * self.end)
+            first, last = steps * self.start, steps * self.end
+            return int(first) <= step < int(last) if self.floors else first <= step < last
         after_start = self.start <= 0 or level.progress >= self.start
         return self.ever_open and after_start and (self.end >= 1 or level.progress < self.end)
 

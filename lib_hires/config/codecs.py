@@ -14,11 +14,10 @@ from .settings import Settings, schema
 
 def format_value(value: Any) -> str:
     """A value as it is written into infotext and shown in tables: `True`, `0.4`, `bicubic`."""
-    return (
-        repr(value)
-        if isinstance(value, float) and value != round(value, 6)
-        else (f"{value:g}" if isinstance(value, float) else str(value))
-    )
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def to_infotext(settings: Settings) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _read_float(value: Any) -> float | None:
         return AUTO
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

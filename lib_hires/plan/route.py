@@ -177,10 +177,10 @@ def _enlarged(current: Size, edit: Shrink, factor: float, whole: Size | None) ->
     return tuple(max(1, math.floor(length * ratio)) for length in current)
 
 
-def sizes_in_words(structure: Structure, route: Route) -> str:
+def sizes_in_words(route: Route) -> str:
     """The way down in words: `64x64 -s4-> 16x16 -> 8x8 -> 4x4`."""
     current, text = route.size, f"{route.size[1]}x{route.size[0]}"
-    for step, way in zip(structure.encoder, route.encoder):
+    for way in route.encoder:
         arrow = "-s4->" if way.dilated else "-pool->" if way.pooled else "-shrink->" if way.enter else "->"
         if way.out != current or way.enter:
             text += f" {arrow} {way.out[1]}x{way.out[0]}"

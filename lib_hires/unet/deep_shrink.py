@@ -119,7 +119,7 @@ class DeepShrink(Method):
     def _shrink(self, depth: int, start: float, end: float, common: Common) -> Shrink:
         up = None if self.upscale == AUTO else self.upscale
         return Shrink(
-            Gate(end, start, common.clock),
+            Gate(end, start, common.clock, floors=False),
             depth - 1,
             self.downscale,
             up,

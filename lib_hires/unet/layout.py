@@ -203,6 +203,8 @@ def _checked(layout: Layout) -> Layout:
         f"this {type(layout.unet).__name__} has blocks that Hires Lab cannot follow: {why}. Switch the method off."
     )
     structure = layout.structure
+    if structure.levels not in (3, 4):
+        raise wrong(f"{structure.levels} resolution(s) instead of 3 or 4")
     if len(structure.encoder) != len(structure.decoder):
         raise wrong(f"{len(structure.encoder)} encoder steps but {len(structure.decoder)} decoder steps")
     for index, step in enumerate(structure.decoder):

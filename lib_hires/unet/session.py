@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class Session:
 
     def _resume(self) -> None:
         self._root_log = UndoLog()
+        self._bypass_compilation()
         self._root_log.hook(self.unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
 
     def _suspend(self) -> None:
@@ -129,6 +130,23 @@ class Session:
                 self._route_log.undo()
             finally:
                 self._root_log.undo()
+
+    def _bypass_compilation(self) -> None:
+        """A compiled graph does not see patches (Dynamo ignores later hooks): run the network itself while it is patched."""
+        if getattr(self.unet, "_compiled_call_impl", None) is not None:  # unet.compile()
+            self._root_log.set(self.unet, "_compiled_call_impl", None)
+        elif self.layout.unet is not self.unet:  # torch.compile(unet)
+            self._root_log.override(self.unet, "forward", self._eager_while_patched)
+        else:
+            return
+        self._note("torch.compile is bypassed while the network is patched.")
+
+    def _eager_while_patched(self, compiled: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            is_patched = self._route is not None or self._windows is not None
+            return self.layout.unet(*args, **kwargs) if is_patched else compiled(*args, **kwargs)
+
+        return forward
 
     # Telling where the run is ----------------------------------------------------------------------------------------
 

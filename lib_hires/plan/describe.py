@@ -1,0 +1,36 @@
+"""A plan in words, for the dry run and the report: which steps take which route through the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..schedule import Level
+from .method import UNetPlan
+from .models import LATENT_FACTOR, Model
+from .route import Size, find_route, sizes_in_words
+
+
+def describe_plan(model: Model, size: Size, plan: UNetPlan, levels: Sequence[Level]) -> list[str]:
+    """Lines for latents of `size` (height, width) and the noise levels of the UNet calls, equal neighbours together."""
+    scale = model.scale(*size)
+    lines = [
+        f"{size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR} is {scale:.2f} times the native size "
+        f"{model.native} of this {model.family.title} model."
+    ]
+    lines += plan.notes
+    spans: list[tuple[str, int, int]] = []
+    for call, level in enumerate(levels, start=1):
+        words = _call_in_words(model, size, plan, level)
+        if spans and spans[-1][0] == words:
+            spans[-1] = (words, spans[-1][1], call)
+        else:
+            spans.append((words, call, call))
+    lines += [f"call {first:>3} to {last:>3}: {words}" for words, first, last in spans]
+    return [*lines, f"{len(levels)} denoiser calls."]
+
+
+def _call_in_words(model: Model, size: Size, plan: UNetPlan, level: Level) -> str:
+    route = find_route(model.structure, size, plan.edits, level)
+    windows = plan.windows is not None and plan.windows.gate.is_open(level)
+    way = "plain" if route is None else f"{route.words}: {sizes_in_words(route)}"
+    return f"{way}, attention in windows at level {plan.windows.level}" if windows else way
