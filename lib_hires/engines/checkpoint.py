@@ -1,0 +1,254 @@
+"""Loading a Stable Diffusion checkpoint into diffusers and transformers modules, without asking any hub.
+
+    path -> tensors (files) -> family and configs (structure, sidecar) -> empty modules -> weights, one tensor at a time
+
+Single files are in the original ldm/sgm layout; their keys go through diffusers' own converters
+(`diffusers.loaders.single_file_utils`). The tokenizer is the bundled CLIP vocabulary, which SD1, SD2 and SDXL share.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from . import sidecar, structure
+from .files import CheckpointError, Tensors, open_tensors
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "scenes-sd15.safetensors"
+SCALING_FACTORS = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
+BETAS = (0.00085, 0.012)
+
+
+@dataclass
+class Components:
+    """A checkpoint's parts, in evaluation mode on `device`.
+
+    `family`: "sd15", "sd21" or "sdxl", from structure; `prediction_type`: "epsilon" or "v_prediction";
+    `native_resolution`: pixels, None where the checkpoint does not tell; `beta_start`, `beta_end`: the ends of the
+    scaled-linear schedule; `dtype`: of the UNet's weights (fp32 on a CPU, whatever was asked for).
+    `tokenizers` and `text_encoders` go in pairs (SDXL has two).
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    tokenizers: list[CLIPTokenizer]
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
+    family: str
+    prediction_type: str
+    scaling_factor: float
+    beta_start: float
+    beta_end: float
+    native_resolution: int | None
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    zero_terminal_snr: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent (8)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent (4)."""
+        return self.vae.config.latent_channels
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet takes a mask and a masked picture beside the latent."""
+        return self.unet.config.in_channels == 2 * self.latent_channels + 1
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: str | Path | dict | None = None,
+) -> Components:
+    """Load a checkpoint: a single file in the original layout, a diffusers folder, or (None) the bundled one.
+
+    `config`: a yaml (or its content) that overrides the one beside a single file.
+    Raises `MissingFile`, or `CheckpointError` saying what the file is or lacks.
+    """
+    path, device = Path(path or BUNDLED), torch.device(device)
+    if device.type == "cpu" and dtype is torch.float16:
+        dtype = torch.float32  # half-precision arithmetic on a CPU is slow and incomplete
+    if path.is_dir():
+        from . import folder
+
+        return folder.load(path, device, dtype)
+    return _load_file(path, device, dtype, config)
+
+
+def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> Components:
+    tensors = open_tensors(path)
+    family = structure.family_of(tensors.shapes, path.name)
+    notes = sidecar.read(config, path)
+    scaling_factor = SCALING_FACTORS[family] if notes.scale_factor is None else float(notes.scale_factor)
+    text_encoders = _text_encoders(tensors, family, notes, device, dtype)
+    unet = _unet(tensors, family, notes, text_encoders, device, dtype)
+    return Components(
+        unet=unet,
+        vae=_vae(tensors, scaling_factor, device, vae_dtype(family, dtype)),
+        tokenizers=tokenizers(family),
+        text_encoders=text_encoders,
+        family=family,
+        prediction_type=_prediction_type(tensors, family, notes, unet),
+        scaling_factor=scaling_factor,
+        beta_start=BETAS[0] if notes.beta_start is None else float(notes.beta_start),
+        beta_end=BETAS[1] if notes.beta_end is None else float(notes.beta_end),
+        native_resolution=_native_resolution(tensors.metadata),
+        path=path, device=device, dtype=dtype,
+        zero_terminal_snr="ztsnr" in tensors,
+        metadata=tensors.metadata,
+    )
+
+
+def vae_dtype(family: str, dtype: torch.dtype) -> torch.dtype:
+    """SDXL's autoencoder overflows in fp16 (its diffusers config says `force_upcast`)."""
+    return torch.float32 if family == "sdxl" and dtype is torch.float16 else dtype
+
+
+def tokenizers(family: str) -> list[CLIPTokenizer]:
+    """The bundled vocabulary, once per text encoder: OpenAI's CLIP pads with the end token, open_clip with token 0 ('!')."""
+    pads = {"sd15": ["<|endoftext|>"], "sd21": ["!"], "sdxl": ["<|endoftext|>", "!"]}[family]
+    files = str(sidecar.CLIP_FOLDER / "vocab.json"), str(sidecar.CLIP_FOLDER / "merges.txt")
+    return [CLIPTokenizer(*files, pad_token=pad, model_max_length=77) for pad in pads]
+
+
+def fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], device, dtype, part: str, file: str) -> torch.nn.Module:
+    """Give a module built on the meta device its weights, converted one at a time; `weights` is emptied.
+
+    Raises `CheckpointError` naming the first missing, unexpected or misshapen weights.
+    """
+    wanted = {name: value.shape for name, value in module.state_dict().items()}
+    problems = [f"missing {name}" for name in wanted if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in wanted]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"the {part} of '{file}' does not fit: {'; '.join(problems[:3])}{more}.")
+    ready = {name: weights.pop(name).to(device=device, dtype=dtype, copy=True) for name in wanted}
+    module.load_state_dict(ready, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _unet(tensors: Tensors, family, notes, text_encoders, device, dtype) -> UNet2DConditionModel:
+    pooled = text_encoders[-1].config.projection_dim if family == "sdxl" else 0
+    config = structure.unet_config(tensors.below(structure.UNET), family, notes.heads, pooled)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    weights = convert_ldm_unet_checkpoint(tensors.section(structure.UNET), config)
+    return fill(unet, weights, device, dtype, "UNet", tensors.name)
+
+
+def _vae(tensors: Tensors, scaling_factor, device, dtype) -> AutoencoderKL:
+    config = structure.vae_config(tensors.below(structure.VAE), scaling_factor)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    known = re.compile(r"first_stage_model\.(encoder|decoder|quant_conv|post_quant_conv)\.")
+    source = {name: value for name, value in tensors.section(structure.VAE).items() if known.match(name)}
+    return fill(vae, convert_ldm_vae_checkpoint(source, config), device, dtype, "autoencoder", tensors.name)
+
+
+def _text_encoders(tensors: Tensors, family, notes, device, dtype) -> list:
+    if family == "sd15":
+        return [_clip(tensors, structure.HF_CLIP, notes, device, dtype)]
+    if family == "sd21":
+        return [_open_clip(tensors, structure.OPEN_CLIP, CLIPTextModel, device, dtype)]
+    return [
+        _clip(tensors, structure.SDXL_CLIP, notes, device, dtype),
+        _open_clip(tensors, structure.SDXL_OPEN_CLIP, CLIPTextModelWithProjection, device, dtype),
+    ]
+
+
+def _clip(tensors: Tensors, prefix: str, notes, device, dtype) -> CLIPTextModel:
+    """OpenAI's CLIP; some merged files leave 'text_model.' out of its names."""
+    weights = {}
+    for name, value in tensors.section(prefix).items():
+        rest = name[len(prefix):]
+        if not rest.endswith("position_ids"):
+            weights[rest if rest.startswith("text_model.") else f"text_model.{rest}"] = value
+    config = structure.clip_config(_shapes_of(weights), notes.clip)
+    return _text_model(CLIPTextModel, config, weights, device, dtype, tensors.name)
+
+
+def _open_clip(tensors: Tensors, prefix: str, kind, device, dtype):
+    """open_clip's tower. SD2 reads the last layer but one through the final norm: its last layer is left out."""
+    source = {name: value for name, value in tensors.section(prefix).items() if not name.endswith(("logit_scale", "attn_mask"))}
+    config = structure.open_clip_config({name[len(prefix):]: tuple(value.shape) for name, value in source.items()})
+    if kind is CLIPTextModel:
+        config["num_hidden_layers"] -= 1
+        last = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}."
+        source = {name: value for name, value in source.items() if not name.startswith(last)}
+    with torch.device("meta"):
+        empty = kind(CLIPTextConfig(**config))
+    weights = convert_open_clip_checkpoint(empty, source, prefix=prefix)
+    if kind is CLIPTextModel:
+        weights.pop("text_projection.weight", None)
+    return _text_model(kind, config, weights, device, dtype, tensors.name)
+
+
+def _text_model(kind, config: dict, weights: dict, device, dtype, file: str):
+    with torch.device("meta"):
+        model = kind(CLIPTextConfig(**config))
+    fill(model, weights, device, dtype, "text encoder", file)
+    embeddings = model.text_model.embeddings  # position_ids is no weight, so nothing has filled it
+    embeddings.position_ids = torch.arange(config["max_position_embeddings"], device=device)[None]
+    return model
+
+
+def _prediction_type(tensors: Tensors, family: str, notes, unet) -> str:
+    """The yaml's word, else the metadata's, else the marker key of v models; an SD2 file without any is tried out."""
+    if notes.prediction_type:
+        return notes.prediction_type
+    said = tensors.metadata.get("modelspec.prediction_type")
+    if said:
+        return sidecar.prediction_of(said, "'modelspec.prediction_type'")
+    if "v_pred" in tensors:
+        return "v_prediction"
+    return probe_prediction(unet) if family == "sd21" else "epsilon"
+
+
+@torch.no_grad()
+def probe_prediction(unet: UNet2DConditionModel) -> str:
+    """Tell an SD2 eps model from a v model by one call on pure noise at the last timestep.
+
+    There x = eps, and an eps model answers with its input, a v model with -x0, which is unlike it:
+    correlation near 1 or near 0. Works for a trained model; others count as v models, as diffusers assumes for SD2.
+    """
+    place = {"device": unet.device, "dtype": unet.dtype}
+    noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(**place)
+    context = torch.zeros(1, 77, unet.config.cross_attention_dim, **place)
+    answer = unet(noise, 999, encoder_hidden_states=context).sample
+    channels = answer.shape[1]
+    likeness = torch.cosine_similarity(noise[:, :channels].flatten().float(), answer.flatten().float(), dim=0)
+    return "epsilon" if likeness > 0.5 else "v_prediction"
+
+
+def _native_resolution(metadata: dict[str, str]) -> int | None:
+    """The geometric mean of `modelspec.resolution` ("256x256", "1024"), in pixels."""
+    sides = [int(side) for side in re.findall(r"\d+", metadata.get("modelspec.resolution", ""))[:2]]
+    return round(math.sqrt(sides[0] * sides[-1])) if sides and all(sides) else None
+
+
+def _shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}

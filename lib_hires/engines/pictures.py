@@ -1,0 +1,56 @@
+"""Pictures on disk: written with their parameters as PNG text, and read back as a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from ..config.codecs import from_argv
+from ..config.errors import HiresError
+from ..config.infotext import PNG_KEY, read_parameters, write_parameters
+from ..request import Request
+
+_KEYS = {"steps": "Steps", "sampler": "Sampler", "cfg": "CFG scale", "seed": "Seed"}
+
+
+def parameters_of(job: Mapping[str, Any], request: Request, index: int, model: str, version: str) -> str:
+    """The infotext of picture `index` of a job: alone it repeats that picture."""
+    keys = {label: job[name] for name, label in _KEYS.items()}
+    keys["Seed"] = job["seed"] + index
+    keys |= {"Size": f"{job['width']}x{job['height']}", "Model": model, **request.to_infotext()}
+    return write_parameters(job["prompt"], job["negative"], {**keys, "Version": f"Hires Lab {version}"})
+
+
+def save(picture: Image.Image, path: Path, parameters: str) -> None:
+    """Write a PNG. Raises `HiresError` where it cannot be written."""
+    text = PngInfo()
+    text.add_text(PNG_KEY, parameters)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, format="PNG", pnginfo=text)
+    except OSError as error:
+        raise HiresError(f"'{path}' cannot be written: {error}.") from error
+
+
+def job_of_picture(path: Path) -> dict[str, Any]:
+    """The job in a picture's infotext. Raises `HiresError` where there is none."""
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(PNG_KEY, "")
+    except (OSError, UnidentifiedImageError) as error:
+        raise HiresError(f"'{path}' cannot be read as a picture: {error}.") from error
+    prompt, negative, keys = read_parameters(text)
+    if "Size" not in keys or "Seed" not in keys:
+        raise HiresError(f"'{path}' holds no generation parameters (PNG text '{PNG_KEY}'). Give the flags instead.")
+    request = Request.from_infotext(keys)
+    width, _, height = keys["Size"].partition("x")
+    job = {"prompt": prompt, "negative": negative, "width": int(width), "height": int(height)}
+    job |= {"method": request.method.name if request.method else "none", "set": from_argv(request.to_argv())}
+    for name, kind in (("steps", int), ("sampler", str), ("cfg", float), ("seed", int)):
+        if _KEYS[name] in keys:
+            job[name] = kind(keys[_KEYS[name]])
+    return job

@@ -1,0 +1,162 @@
+"""Runs jobs as the command line writes them: loads a checkpoint once, opens a session, draws, saves, reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..config.errors import HiresError, SettingError
+from ..plan.describe import describe_plan
+from ..request import Request
+from ..schedule import Level, NoiseSchedule, scaled_linear
+from ..unet.session import Session
+from . import samplers
+from .checkpoint import Components, load
+from .pictures import parameters_of, save
+from .standalone import Engine, Job, Result
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = ("cpu", "cuda")
+_JOB_FIELDS = ("prompt", "negative", "width", "height", "steps", "cfg", "sampler", "seed", "batch")
+
+
+class Runner:
+    """Draws jobs one after the other; the checkpoint of the last one stays loaded."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self._loaded: tuple[Any, Components] | None = None
+
+    def plan(self, job: Mapping[str, Any]) -> list[str]:
+        """What drawing a job would do, in words. Raises `HiresError` as drawing would."""
+        components, request, session = self._prepare(job)
+        engine_job = engine_job_of(job)
+        Engine(components).check(engine_job)
+        size = (engine_job.height // components.factor, engine_job.width // components.factor)
+        run = samplers.make(engine_job.sampler, components, engine_job.steps)
+        schedule = schedule_of(components)
+        levels = [Level(schedule.progress(t), run.positions[call], run.steps) for call, t in enumerate(run.timesteps)]
+        title = request.method.title if request.method else "Plain sampling"
+        head = f"{title}, {components.path.name}, {engine_job.sampler}, {engine_job.steps} steps, batch of {engine_job.batch}:"
+        if session is None:
+            return [head, f"{len(levels)} denoiser calls, the UNet unchanged."]
+        return [head, *describe_plan(session.model, size, session.plan_for(size), levels)]
+
+    def draw(self, job: Mapping[str, Any], on_step: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Draw a job's pictures, write them and its report, and return the report.
+
+        `on_step(done, steps)` is called after each step; without it a progress bar is shown unless `quiet`.
+        """
+        components, request, session = self._prepare(job)
+        engine_job = engine_job_of(job)
+        with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
+            result = Engine(components).generate(engine_job, session, on_step or _advance(bar))
+        texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
+        files = [str(name) for name in picture_names(Path(job["out"]), engine_job.batch)]
+        for picture, name, text in zip(result.images, files, texts):
+            save(picture, Path(name), text)
+        report = report_of(components, request, session, engine_job, result) | {"files": files, "infotext": texts[0]}
+        if job["report"]:
+            Path(job["report"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(job["report"]).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        return report
+
+    def load(self, job: Mapping[str, Any]) -> Components:
+        """The job's checkpoint on its device."""
+        device, dtype = device_and_dtype(job["device"], job["dtype"])
+        key = (job["checkpoint"], device, dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self._loaded = (key, load(job["checkpoint"], device=device, dtype=dtype))
+        return self._loaded[1]
+
+    def _prepare(self, job: Mapping[str, Any]) -> tuple[Components, Request, Session | None]:
+        request = Request.from_dict({"method": job["method"], **job["set"]})
+        components = self.load(job)
+        return components, request, session_for(components, request, engine_job_of(job))
+
+
+def session_for(components: Components, request: Request, job: Job) -> Session | None:
+    """The session of a job; None for plain sampling, and where the request is for a pass that this is not."""
+    if request.method is None or not request.common.wants_pass(False, job.width, job.height):
+        return None
+    size = components.native_resolution
+    return Session(
+        components.unet, [request.method], request.common, seeds=[job.seed + index for index in range(job.batch)],
+        schedule=schedule_of(components), metadata={"modelspec.resolution": f"{size}x{size}"} if size else None,
+        v_prediction=components.prediction_type == "v_prediction",
+    )
+
+
+def schedule_of(components: Components) -> NoiseSchedule:
+    """The noise schedule that the model was trained with."""
+    return NoiseSchedule(scaled_linear(components.beta_start, components.beta_end))
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What `auto` means here: the GPU in half precision where there is one, else the CPU in single precision."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in DEVICES:
+        raise SettingError("device", device, "one of 'auto', 'cpu', 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HiresError("'device' is 'cuda', but torch finds no CUDA device. Use 'cpu', or install a CUDA build of torch.")
+    if dtype == "auto":
+        dtype = "fp16" if device == "cuda" else "fp32"
+    if dtype not in DTYPES:
+        raise SettingError("dtype", dtype, "one of 'auto', 'fp32', 'fp16', 'bf16'")
+    return torch.device(device), DTYPES[dtype]
+
+
+def engine_job_of(job: Mapping[str, Any]) -> Job:
+    """The part of a job that the engine draws. Raises `SettingError` for a value of the wrong kind."""
+    values = {name: job[name] for name in _JOB_FIELDS}
+    for name in ("width", "height", "steps", "seed", "batch"):
+        if isinstance(values[name], bool) or not isinstance(values[name], int):
+            raise SettingError(name, values[name], "a whole number")
+    if isinstance(values["cfg"], bool) or not isinstance(values["cfg"], (int, float)):
+        raise SettingError("cfg", values["cfg"], "a number")
+    return Job(**values)
+
+
+def picture_names(out: Path, batch: int) -> list[Path]:
+    """`FILE.png`, or `FILE-1.png`, `FILE-2.png`, ... for a batch."""
+    if batch == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(1, batch + 1)]
+
+
+def report_of(components: Components, request: Request, session: Session | None, job: Job, result: Result) -> dict[str, Any]:
+    """What ran, as plain data."""
+    settings = request.to_dict()
+    device = torch.cuda.get_device_name(components.device) if components.device.type == "cuda" else "cpu"
+    return {
+        "method": settings.pop("method"), "settings": settings if request.method else {}, "seed": job.seed, "batch": job.batch,
+        "device": device, "dtype": str(components.dtype).removeprefix("torch."), "checkpoint": components.path.name,
+        "stages": result.stages, "unet_calls": result.unet_calls, "seconds": result.seconds,
+        "peak_memory": result.peak_memory, "routes": dict(session.ran) if session else {},
+        "notes": notes_of(request, session),
+    }
+
+
+def notes_of(request: Request, session: Session | None) -> list[str]:
+    """What was left out and why."""
+    if session is not None:
+        return session.notes
+    if request.method is not None:
+        return [f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."]
+    return []
+
+
+def _advance(bar: tqdm) -> Callable[[int, int], None]:
+    def on_step(_done: int, steps: int) -> None:
+        bar.total = steps
+        bar.update()
+
+    return on_step
