@@ -1,0 +1,171 @@
+"""The command line: a checkpoint file in, a picture out.
+
+    python -m lib_hires generate --prompt TEXT --width W --height H --method NAME --out FILE.png [...]
+    python -m lib_hires generate --from-image FILE.png --out AGAIN.png
+    python -m lib_hires generate --jobs FILE.jsonl
+    python -m lib_hires methods [--json | --markdown]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .config.codecs import format_value, from_argv, table
+from .config.common import Common
+from .config.errors import HiresError, UnknownSetting
+from .config.settings import Settings, schema
+from .methods import NONE, methods
+
+JOB_DEFAULTS: dict[str, Any] = {
+    "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": [], "steps": 20, "cfg": 7.0,
+    "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
+    "report": None, "from_image": None,
+}  # fmt: skip
+HELP = {
+    "prompt": "what to draw",
+    "negative": "what not to draw",
+    "width": "in pixels, a multiple of 8",
+    "height": "in pixels, a multiple of 8",
+    "method": "none, " + ", ".join(methods()),
+    "set": "a setting of the method, NAME=VALUE; may be repeated (see the command `methods`)",
+    "steps": "sampling steps",
+    "cfg": "classifier-free guidance scale; 1 is without",
+    "sampler": "euler, euler_a, dpmpp_2m_karras, ddim, ...",
+    "seed": "of the first picture; the next ones have the next seeds",
+    "batch": "pictures at once",
+    "checkpoint": "a .safetensors or .ckpt file or a diffusers folder; without it the small bundled model",
+    "device": "auto, cpu or cuda",
+    "dtype": "auto, fp32, fp16 or bf16",
+    "out": "the picture to write (PNG); -1, -2, ... are added to the name in a batch",
+    "report": "a JSON report to write",
+    "from_image": "repeat the picture of this file from the infotext in it; other flags override",
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns an exit status. Raises `HiresError` for what the user can mend."""
+    options = parser().parse_args(arguments)
+    if options.command == "methods":
+        print(methods_as_json() if options.json else methods_as_markdown() if options.markdown else methods_as_text())
+        return 0
+    return generate(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; `generate`'s are made from `JOB_DEFAULTS`, which also names the keys of a jobs file."""
+    result = argparse.ArgumentParser(prog="python -m lib_hires", description="Pictures far above a model's native size.")
+    commands = result.add_subparsers(dest="command", required=True)
+    draw = commands.add_parser("generate", help="draw pictures")
+    for name, default in JOB_DEFAULTS.items():
+        kind = type(default) if isinstance(default, (int, float)) else str
+        extra = {"action": "append"} if name == "set" else {"type": kind}
+        shown = "" if default in (None, "", []) else f" (default {format_value(default)})"
+        draw.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=HELP[name] + shown, **extra)
+    draw.add_argument("--jobs", help="a file with one JSON object a line, with the names of these flags")
+    draw.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+    draw.add_argument("--quiet", action="store_true", help="no progress bar")
+    listing = commands.add_parser("methods", help="list the methods and their settings")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.add_argument("--markdown", action="store_true", help="as the tables of docs/methods.md")
+    return result
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Draw what the flags or the jobs file ask for, in one process."""
+    from .engines.runner import Runner
+
+    given = {name: value for name, value in vars(options).items() if name in JOB_DEFAULTS}
+    runner = Runner(quiet=options.quiet)
+    jobs = [complete(given, job) for job in read_jobs(options.jobs)] if options.jobs else [complete(given, {})]
+    for number, job in enumerate(jobs, start=1):
+        if options.dry_run:
+            print("\n".join(runner.plan(job)))
+            continue
+        if not job["out"]:
+            raise HiresError("'out' is missing: where should the picture go? Add --out FILE.png.")
+        report = runner.draw(job)
+        print(f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
+              f"{report['unet_calls']} UNet calls, {report['peak_memory'] / 2**20:.0f} MiB")
+        for note in report["notes"]:
+            print("  " + note)
+    return 0
+
+
+def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+    """One job: a line of the jobs file over the flags over a picture's own parameters over the defaults."""
+    given = {**flags, **line}
+    for name in given:
+        if name not in JOB_DEFAULTS:
+            raise UnknownSetting(name, given[name], "a job", list(JOB_DEFAULTS), [])
+    base = dict(JOB_DEFAULTS)
+    if given.get("from_image"):
+        from .engines.pictures import job_of_picture
+
+        base |= job_of_picture(Path(given["from_image"]))
+    job = {**base, **given}
+    own = given.get("set", {})
+    kept = base["set"] if isinstance(base["set"], dict) and job["method"] == base["method"] else {}
+    job["set"] = {**kept, **(own if isinstance(own, dict) else from_argv(own))}
+    if not job["prompt"]:
+        raise HiresError("'prompt' is missing. Add --prompt TEXT or --from-image FILE.png.")
+    return job
+
+
+def read_jobs(path: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; blank lines are skipped. Raises `HiresError` naming the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise HiresError(f"the jobs file '{path}' cannot be read: {error.strerror}.") from error
+    jobs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            job = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise HiresError(f"line {number} of '{path}' is not JSON: {error}.") from error
+        if not isinstance(job, dict):
+            raise HiresError(f"line {number} of '{path}' is not an object. Write {{\"prompt\": ...}}.")
+        jobs.append(job)
+    return jobs
+
+
+def methods_as_json() -> str:
+    """Every method with its settings, from the schema."""
+    listing = {
+        name: {"title": cls.title, "summary": cls.summary, "use_when": cls.use_when, "source": cls.source,
+               "settings": _schema_rows(cls)}
+        for name, cls in methods().items()
+    }
+    return json.dumps({"methods": listing, "common": _schema_rows(Common)}, indent=2)
+
+
+def methods_as_markdown() -> str:
+    """The tables of docs/methods.md."""
+    parts = [f"### {cls.title} (`{name}`)\n\n{table(cls)}" for name, cls in methods().items()]
+    return "\n\n".join([*parts, f"### With every method\n\n{table(Common)}"])
+
+
+def methods_as_text() -> str:
+    """The same for reading in a terminal."""
+    lines = []
+    for name, cls in methods().items():
+        lines += [f"{name}: {cls.summary}.", f"  use it when: {cls.use_when}", f"  source: {cls.source}", *_settings_as_text(cls)]
+    return "\n".join([*lines, "with every method:", *_settings_as_text(Common)])
+
+
+def _settings_as_text(cls: type[Settings]) -> list[str]:
+    return [f"    {row.name} = {format_value(row.default)}  ({row.allowed})  {row.help}" for row in schema(cls)]
+
+
+def _schema_rows(cls: type[Settings]) -> list[dict[str, Any]]:
+    return [
+        {"name": row.name, "type": row.kind.__name__, "default": row.default, "allowed": row.allowed, "low": row.low,
+         "high": row.high, "choices": list(row.choices), "auto": row.auto, "label": row.label, "infotext": row.infotext,
+         "help": row.help}
+        for row in schema(cls)
+    ]

@@ -1,0 +1,142 @@
+"""The command line, run as a user runs it, with the bundled checkpoint at small sizes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from lib_hires.__main__ import main
+from lib_hires.cli import complete, read_jobs, run
+from lib_hires.config import HiresError, SettingError, UnknownSetting
+from lib_hires.config.infotext import read_parameters
+from lib_hires.request import Request
+
+SMALL = ["--width", "128", "--height", "104", "--steps", "2", "--quiet"]
+DRAW = ["generate", "--prompt", "a red star on a blue background", *SMALL]
+BIG_ENOUGH = ["--set", "native_size=64"]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "picture.png"
+
+
+def test_a_picture_and_its_report_are_written(out, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--seed", "5", "--out", str(out), "--report", str(report)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (128, 104)
+    told = json.loads(report.read_text())
+    assert told["method"] == "hidiffusion" and told["seed"] == 5 and told["settings"]["native_size"] == 64
+    assert told["unet_calls"] == 2 and told["stages"][0]["unet_calls"] == 2
+    assert (told["stages"][0]["width"], told["stages"][0]["height"]) == (128, 104)
+    assert told["seconds"] >= told["stages"][0]["seconds"] > 0 and told["peak_memory"] > 10**7
+    assert sum(told["routes"].values()) == 2 and any("stride 4" in name for name in told["routes"])
+    assert str(out) in capsys.readouterr().out
+
+
+def test_a_picture_is_repeated_from_its_own_infotext(out, tmp_path):
+    run([*DRAW, "--negative", "blur, noise: all", "--method", "deep_shrink", *BIG_ENOUGH, "--set", "stop2=0.6", "--seed", "7",
+         "--cfg", "3.5", "--sampler", "euler_a", "--out", str(out)])
+    again = tmp_path / "again.png"
+    run(["generate", "--from-image", str(out), "--quiet", "--out", str(again)])
+    assert again.read_bytes() == out.read_bytes()
+    with Image.open(out) as picture:
+        prompt, negative, keys = read_parameters(picture.info["parameters"])
+    assert (prompt, negative) == ("a red star on a blue background", "blur, noise: all")
+    assert Request.from_infotext(keys).method.stop2 == 0.6
+
+
+def test_a_flag_overrides_the_picture_it_repeats(out, tmp_path):
+    run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--out", str(out)])
+    job = complete({"from_image": str(out), "method": "none", "seed": 9}, {})
+    assert (job["method"], job["seed"], job["set"], job["width"]) == ("none", 9, {}, 128)
+    kept = complete({"from_image": str(out), "set": ["t1=0.9"]}, {})
+    assert kept["method"] == "hidiffusion" and kept["set"] == {"native_size": "64", "t1": "0.9"}
+
+
+def test_every_picture_of_a_batch_is_the_one_drawn_alone(out, tmp_path):
+    run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--batch", "2", "--seed", "3", "--out", str(out)])
+    second = out.with_name("picture-2.png")
+    alone = tmp_path / "alone.png"
+    run(["generate", "--from-image", str(second), "--quiet", "--out", str(alone)])
+    with Image.open(second) as left, Image.open(alone) as right:
+        far = max(abs(a - b) for a, b in zip(left.tobytes(), right.tobytes()))
+    assert far <= 1  # convolutions round differently in a batch
+
+
+def test_jobs_are_drawn_in_one_process_over_the_flags(tmp_path):
+    jobs = tmp_path / "jobs.jsonl"
+    lines = [{"prompt": "a star", "out": str(tmp_path / "1.png")},
+             {"prompt": "a ring", "method": "hidiffusion", "set": {"native_size": 64, "strength": 2}, "out": str(tmp_path / "2.png")}]
+    jobs.write_text("\n\n".join(json.dumps(line) for line in lines))
+    assert run(["generate", "--jobs", str(jobs), *SMALL]) == 0
+    assert (tmp_path / "1.png").exists() and (tmp_path / "2.png").exists()
+
+
+def test_a_dry_run_tells_the_route_of_every_call_and_draws_nothing(out, capsys):
+    run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--out", str(out), "--dry-run"])
+    told = capsys.readouterr().out
+    assert "1.80 times the native size 64" in told
+    assert "16x13 -s4-> 4x4 -> 2x2 -> 1x1" in told and "2 denoiser calls" in told
+    assert not out.exists()
+
+
+def test_a_method_for_another_pass_says_that_it_is_off(out, tmp_path):
+    report = tmp_path / "report.json"
+    run([*DRAW, "--method", "hidiffusion", "--set", "passes=hires pass", "--out", str(out), "--report", str(report)])
+    assert "is off" in json.loads(report.read_text())["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--width", "100"], ["width", "100", "multiple of 8"]),
+        (["--method", "hidifusion"], ["method", "hidifusion", "Did you mean 'hidiffusion'"]),
+        (["--method", "hidiffusion", "--set", "t1=3"], ["t1", "3", "between 0 and 1"]),
+        (["--method", "hidiffusion", "--set", "window=1"], ["window", "not a setting of HiDiffusion"]),
+        (["--method", "hidiffusion", "--set", "t1"], ["--set t1", "name=value"]),
+        (["--sampler", "magic"], ["sampler", "magic", "euler"]),
+        (["--checkpoint", "nothing.safetensors"], ["nothing.safetensors"]),
+        (["--dtype", "fp8"], ["dtype", "fp8", "bf16"]),
+        (["--device", "tpu"], ["device", "tpu", "cuda"]),
+        (["--prompt", ""], ["prompt", "missing"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_status_2(flags, words, out, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lib_hires", *DRAW, "--out", str(out), *flags])
+    assert main() == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Hires Lab: ") and told.count("\n") == 1
+    for word in words:
+        assert word in told
+
+
+def test_a_jobs_line_that_is_wrong_is_named(tmp_path):
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(HiresError, match="line 2 of"):
+        read_jobs(str(jobs))
+    with pytest.raises(UnknownSetting, match="promt"):
+        complete({}, {"promt": "a"})
+    with pytest.raises(SettingError, match="'steps' is '5'"):
+        from lib_hires.engines.runner import engine_job_of
+
+        engine_job_of(complete({}, {"prompt": "a", "steps": "5"}))
+
+
+def test_drawing_leaves_the_global_generators_alone(out):
+    before = torch.get_rng_state()
+    run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--sampler", "euler_a", "--out", str(out)])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_methods_are_listed_with_every_setting(capsys):
+    run(["methods", "--json"])
+    listing = json.loads(capsys.readouterr().out)
+    assert set(listing["methods"]) >= {"hidiffusion", "deep_shrink"}
+    names = {row["name"] for row in listing["methods"]["hidiffusion"]["settings"]}
+    assert {"raunet", "window_attention", "t1", "strength"} <= names
+    run(["methods"])
+    assert "use it when" in capsys.readouterr().out

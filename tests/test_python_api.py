@@ -1,0 +1,115 @@
+"""The two verbs on a real diffusers pipeline, and on compiled networks."""
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from support import unets
+from support.snapshots import differences, of_tree
+
+import lib_hires
+from lib_hires import DeepShrink, HiDiffusion
+from lib_hires.config import Conflict, UnsupportedModel
+from lib_hires.engines import checkpoint
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    parts = checkpoint.load()
+    result = StableDiffusionPipeline(
+        vae=parts.vae, text_encoder=parts.text_encoders[0], tokenizer=parts.tokenizers[0], unet=parts.unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    result.set_progress_bar_config(disable=True)
+    return result
+
+
+def draw(pipe, width=256, height=192):
+    return pipe(
+        "a red star on a blue background", width=width, height=height, num_inference_steps=3, output_type="latent",
+        generator=torch.Generator().manual_seed(7),
+    ).images
+
+
+def test_a_pipeline_draws_otherwise_inside_the_block_and_as_before_after_it(pipe):
+    before, state = draw(pipe), of_tree(pipe.unet)
+    with lib_hires.patched(pipe.unet, HiDiffusion(), seeds=[7], native_size=128) as session:
+        inside = draw(pipe)
+    assert not torch.equal(inside, before)
+    assert any("stride 4" in name for name in session.ran) and sum(session.ran.values()) == 3
+    assert torch.equal(draw(pipe), before) and not differences(state, of_tree(pipe.unet))
+
+
+def test_apply_and_remove_are_the_same_without_a_block(pipe):
+    with lib_hires.patched(pipe.unet, DeepShrink(), seeds=[7], native_size=128):
+        inside = draw(pipe)
+    session = lib_hires.apply(pipe.unet, DeepShrink(), seeds=[7], native_size=128)
+    assert session.is_open and torch.equal(draw(pipe), inside)
+    lib_hires.remove(pipe.unet)
+    lib_hires.remove(pipe.unet)
+    assert not session.is_open
+
+
+def test_remove_closes_nested_sessions(pipe):
+    state = of_tree(pipe.unet)
+    sessions = [lib_hires.apply(pipe.unet, method, native_size=128) for method in (HiDiffusion(), DeepShrink())]
+    lib_hires.remove(pipe.unet)
+    assert not any(session.is_open for session in sessions) and not differences(state, of_tree(pipe.unet))
+
+
+def test_window_attention_can_be_had_beside_deep_shrink_but_not_two_shrinks(pipe):
+    with lib_hires.patched(pipe.unet, DeepShrink(), HiDiffusion(raunet=False), native_size=128) as session:
+        draw(pipe)
+    assert any("shrink" in name and "windows" in name for name in session.ran)
+    with pytest.raises(Conflict, match="only one can"):
+        lib_hires.patched(pipe.unet, DeepShrink(), HiDiffusion())
+    with pytest.raises(Conflict, match="asked for twice"):
+        lib_hires.patched(pipe.unet, DeepShrink(window_attention=True), HiDiffusion(raunet=False))
+
+
+def test_a_pipeline_given_for_its_unet_is_told_so(pipe):
+    with pytest.raises(UnsupportedModel, match=r"Pass `\.unet`"):
+        lib_hires.patched(pipe, HiDiffusion())
+
+
+class Backend:
+    """A backend of torch.compile that counts the runs of its graphs."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, graph, _inputs):
+        def run(*args):
+            self.runs += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_is_patched_all_the_same_and_says_that_it_runs_uncompiled(in_place, fresh_dynamo):
+    unet, backend = unets.build("diffusers-sd15"), Backend()
+    x, told = torch.randn(1, 4, 32, 32), {"encoder_hidden_states": torch.randn(1, 7, unet.config.cross_attention_dim)}
+    plain = unet(x, 900, **told).sample
+    with lib_hires.patched(unet, HiDiffusion(), native_size=128):
+        wanted = unet(x, 900, **told).sample
+    if in_place:
+        unet.compile(backend=backend)
+        compiled = unet
+    else:
+        compiled = torch.compile(unet, backend=backend)
+    torch.testing.assert_close(compiled(x, 900, **told).sample, plain)
+    runs = backend.runs
+    assert runs > 0
+    with lib_hires.patched(compiled, HiDiffusion(), native_size=128) as session:
+        torch.testing.assert_close(compiled(x, 900, **told).sample, wanted)
+    assert backend.runs == runs and "torch.compile is bypassed" in session.notes[0]
+    compiled(x, 900, **told)
+    assert backend.runs > runs
