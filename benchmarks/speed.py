@@ -1,0 +1,204 @@
+"""`make bench`: time and peak memory of a UNet call, side by side in one run.
+
+Plain, ToMe (PyPI tomesd), the published HiDiffusion (PyPI hidiffusion) and ours, each part alone and together; the same
+weights and inputs. A round runs every variant once over a whole clock of N calls, in an order that changes from round to
+round, and compares within the round; the table gives the median ratio to plain and its spread over the rounds.
+
+    python -m benchmarks.speed                     reduced widths on the CPU
+    python -m benchmarks.speed --device cuda       full SD1.5 and SDXL in fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import lib_hires
+from lib_hires import DeepShrink, HiDiffusion
+from lib_hires.engines.memory import peak_memory
+from lib_hires.plan.method import Method
+
+from .networks import FULL, REDUCED, Network
+
+CALLS = 10
+"""UNet calls of one clock: 4 shrunk and 6 not in the published first regime."""
+Run = Callable[[], None]
+
+
+class Setup:
+    """One network at one size: builds its variants as functions that make one clock of calls."""
+
+    def __init__(self, network: Network, scale: float, batch: int, device: torch.device, dtype: torch.dtype):
+        self.network, self.device = network, device
+        side = int(network.native * scale)
+        self.size, self.batch = (side, side), batch
+        self.unet = network.build(device, dtype)
+        self.x, self.kwargs = network.inputs(self.size, batch, device, dtype)
+        self.timesteps = [torch.tensor(float(999 - i * 1000 // CALLS), device=device) for i in range(CALLS)]
+
+    def variants(self) -> dict[str, Run]:
+        """Name -> one clock of calls."""
+        ours = {
+            "ours: HiDiffusion": HiDiffusion(),
+            "ours: RAU-Net only": HiDiffusion(window_attention=False),
+            "ours: windows only": HiDiffusion(raunet=False),
+            "ours: Deep Shrink": DeepShrink(),
+            "ours: Deep Shrink, windows": DeepShrink(window_attention=True),
+            "ours: outside all gates": HiDiffusion(t1=0.0, t2=0.0, aggressive="off", window_attention=False),
+        }
+        result: dict[str, Run] = {"plain": lambda: self.clock(self.unet)}
+        for name, method in ours.items():
+            result[name] = lambda method=method: self.with_ours(method)
+        result["tomesd, ratio 0.5"] = self.with_tome
+        return result | self.published()
+
+    def clock(self, unet: torch.nn.Module) -> None:
+        """One clock of calls."""
+        for timestep in self.timesteps:
+            unet(self.x, timestep, **self.kwargs)
+
+    def with_ours(self, method: Method) -> None:
+        """Ours, installing and restoring included; told where the run is, as hosts do."""
+        with lib_hires.patched(self.unet, method, native_size=self.network.native * 8) as session:
+            for step, timestep in enumerate(self.timesteps):
+                session.at(timestep=999 - step * 1000 // CALLS, step=step, steps=CALLS)
+                self.unet(self.x, timestep, **self.kwargs)
+
+    def with_tome(self) -> None:
+        """Token merging at its usual ratio, on the top level."""
+        import tomesd
+
+        tomesd.apply_patch(self.unet, ratio=0.5)
+        try:
+            self.clock(self.unet)
+        finally:
+            tomesd.remove_patch(self.unet)
+
+    def published(self) -> dict[str, Run]:
+        """The published HiDiffusion on a copy of the UNet with the same weights (it changes classes and does not undo all)."""
+        try:
+            from hidiffusion import apply_hidiffusion
+        except ImportError:
+            return {}
+        runs = {}
+        for name, options in {
+            "hidiffusion (PyPI)": {},
+            "hidiffusion, RAU-Net only": {"apply_window_attn": False},
+            "hidiffusion, windows only": {"apply_raunet": False},
+        }.items():
+            unet = copy.deepcopy(self.unet)
+            family = "stabilityai/stable-diffusion-xl-base-1.0" if self.network.layout == "sdxl" else "runwayml/stable-diffusion-v1-5"
+            apply_hidiffusion(DiffusionPipeline(unet, family, CALLS), **options)
+            runs[name] = lambda unet=unet: self.clock(unet)
+        return runs
+
+
+class DiffusionPipeline:
+    """What the published code asks of a pipeline."""
+
+    def __init__(self, unet: torch.nn.Module, name_or_path: str, steps: int):
+        self.unet, self.name_or_path, self._num_timesteps = unet, name_or_path, steps
+
+
+@torch.no_grad()
+def measure(setup: Setup, rounds: int) -> list[dict]:
+    """Median seconds a call, ratio to plain (median, least, greatest) and peak memory of each variant."""
+    variants = setup.variants()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    peaks: dict[str, int] = {}
+    for number in range(rounds + 1):  # round 0 warms up and measures memory
+        names = list(variants) if number % 2 else list(reversed(variants))
+        for name in names:
+            gc.collect()
+            with peak_memory(setup.device) as peak:
+                seconds_taken = _timed(variants[name], setup.device)
+            if number:
+                seconds[name].append(seconds_taken / CALLS)
+            peaks[name] = max(peaks.get(name, 0), peak.growth)
+    return [_row(setup, name, seconds[name], seconds["plain"], peaks) for name in variants]
+
+
+def _timed(run: Run, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(setup: Setup, name: str, own: list[float], plain: list[float], peaks: dict[str, int]) -> dict:
+    ratios = [mine / other for mine, other in zip(own, plain)]
+    return {
+        "layout": setup.network.layout, "channels": list(setup.network.channels), "pixels": setup.size[0] * 8, "batch": setup.batch,
+        "variant": name, "seconds_a_call": statistics.median(own),
+        "ratio": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios),
+        "peak_growth": peaks[name], "peak_ratio": peaks[name] / max(1, peaks["plain"]),
+    }
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Rows as Markdown."""
+    lines = ["| network | size | variant | ms a call | time, plain = 1 | spread | memory, plain = 1 |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        width = "full" if row["channels"][0] == FULL["sd15"].channels[0] else f"{row['channels'][0]} channels"
+        lines.append(
+            f"| {row['layout']} ({width}) | {row['pixels']} px, batch {row['batch']} | {row['variant']} | {row['seconds_a_call'] * 1e3:.1f} "
+            f"| **{row['ratio']:.2f}** | {row['least']:.2f} to {row['greatest']:.2f} | {row['peak_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; returns an exit status."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scales", type=float, nargs="+", default=[2.0], help="sizes over the native size")
+    parser.add_argument("--layouts", nargs="+", default=["sd15", "sdxl"], choices=("sd15", "sdxl"))
+    parser.add_argument("--batch", type=int, default=2, help="rows of a call (2: one picture with guidance)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    networks, dtype = (FULL, torch.float16) if device.type == "cuda" else (REDUCED, torch.float32)
+    rows = []
+    for layout in options.layouts:
+        for scale in options.scales:
+            rows += measure(Setup(networks[layout], scale, options.batch, device, dtype), options.rounds)
+            print(f"{layout} at {scale:g} times its native size: done", flush=True)
+    about = {"date": date.today().isoformat(), "device": _device_name(device), "torch": torch.__version__, "commit": _commit(),
+             "threads": torch.get_num_threads(), "rounds": options.rounds, "calls_a_round": CALLS}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=2), encoding="utf-8")
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(rows))
+    return 0
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
