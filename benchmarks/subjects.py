@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 SIDE = 256  # pixels of the short side that everything below is measured in
-FRAME = 0.05  # share of the short side that the tinted border may take
+FRAME = 0.06  # share of the short side that the tinted border may take
 GAP = 0.012  # gaps in outlines up to this share are closed
 SMALLEST = 0.008  # hull of the smallest subject as a share of the short side squared
 THINNEST = 0.085  # a region narrower than this share of the short side is a stroke, not a subject
@@ -105,6 +105,7 @@ def coloured(lab: np.ndarray, inside: np.ndarray, edges: np.ndarray, grain: floa
     weight = 1 - cv2.dilate(inside.astype(np.uint8), _disc(0.03)).astype(np.float32)
     band = round(0.15 * SIDE)
     weight[band:-band, band:-band] *= 0.05
+    weight *= clear_frame(np.ones(weight.shape, bool))
     reach = (0, 0), 0.25 * SIDE
     total = cv2.GaussianBlur(weight, *reach)
     ground = cv2.GaussianBlur(lab * weight[..., None], *reach) / np.maximum(total, 1e-3)[..., None]

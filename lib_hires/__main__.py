@@ -14,7 +14,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"Hires Lab: the package '{error.name}' is missing. Install with: pip install -e .[standalone]", file=sys.stderr)
+        print(
+            f"Hires Lab: the package '{error.name}' is missing. Install with: pip install -e .[standalone]",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("Hires Lab: interrupted.", file=sys.stderr)

@@ -1,9 +1,9 @@
 """The command line: a checkpoint file in, a picture out.
 
-    python -m lib_hires generate --prompt TEXT --width W --height H --method NAME --out FILE.png [...]
-    python -m lib_hires generate --from-image FILE.png --out AGAIN.png
-    python -m lib_hires generate --jobs FILE.jsonl
-    python -m lib_hires methods [--json | --markdown]
+python -m lib_hires generate --prompt TEXT --width W --height H --method NAME --out FILE.png [...]
+python -m lib_hires generate --from-image FILE.png --out AGAIN.png
+python -m lib_hires generate --jobs FILE.jsonl
+python -m lib_hires methods [--json | --markdown]
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def run(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The flags; `generate`'s are made from `JOB_DEFAULTS`, which also names the keys of a jobs file."""
-    result = argparse.ArgumentParser(prog="python -m lib_hires", description="Pictures far above a model's native size.")
+    result = argparse.ArgumentParser(
+        prog="python -m lib_hires", description="Pictures far above a model's native size."
+    )
     commands = result.add_subparsers(dest="command", required=True)
     draw = commands.add_parser("generate", help="draw pictures")
     for name, default in JOB_DEFAULTS.items():
@@ -87,8 +89,10 @@ def generate(options: argparse.Namespace) -> int:
         if not job["out"]:
             raise HiresError("'out' is missing: where should the picture go? Add --out FILE.png.")
         report = runner.draw(job)
-        print(f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
-              f"{report['unet_calls']} UNet calls, {report['peak_memory'] / 2**20:.0f} MiB")
+        print(
+            f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
+            f"{report['unet_calls']} UNet calls, {report['peak_memory'] / 2**20:.0f} MiB"
+        )
         for note in report["notes"]:
             print("  " + note)
     return 0
@@ -137,8 +141,13 @@ def read_jobs(path: str) -> list[dict[str, Any]]:
 def methods_as_json() -> str:
     """Every method with its settings, from the schema."""
     listing = {
-        name: {"title": cls.title, "summary": cls.summary, "use_when": cls.use_when, "source": cls.source,
-               "settings": _schema_rows(cls)}
+        name: {
+            "title": cls.title,
+            "summary": cls.summary,
+            "use_when": cls.use_when,
+            "source": cls.source,
+            "settings": _schema_rows(cls),
+        }
         for name, cls in methods().items()
     }
     return json.dumps({"methods": listing, "common": _schema_rows(Common)}, indent=2)
@@ -154,7 +163,12 @@ def methods_as_text() -> str:
     """The same for reading in a terminal."""
     lines = []
     for name, cls in methods().items():
-        lines += [f"{name}: {cls.summary}.", f"  use it when: {cls.use_when}", f"  source: {cls.source}", *_settings_as_text(cls)]
+        lines += [
+            f"{name}: {cls.summary}.",
+            f"  use it when: {cls.use_when}",
+            f"  source: {cls.source}",
+            *_settings_as_text(cls),
+        ]
     return "\n".join([*lines, "with every method:", *_settings_as_text(Common)])
 
 
@@ -164,8 +178,18 @@ def _settings_as_text(cls: type[Settings]) -> list[str]:
 
 def _schema_rows(cls: type[Settings]) -> list[dict[str, Any]]:
     return [
-        {"name": row.name, "type": row.kind.__name__, "default": row.default, "allowed": row.allowed, "low": row.low,
-         "high": row.high, "choices": list(row.choices), "auto": row.auto, "label": row.label, "infotext": row.infotext,
-         "help": row.help}
+        {
+            "name": row.name,
+            "type": row.kind.__name__,
+            "default": row.default,
+            "allowed": row.allowed,
+            "low": row.low,
+            "high": row.high,
+            "choices": list(row.choices),
+            "auto": row.auto,
+            "label": row.label,
+            "infotext": row.infotext,
+            "help": row.help,
+        }
         for row in schema(cls)
     ]

@@ -71,23 +71,70 @@ class Partition:
         return flat.index_select(0, self.inverse).view(rows, -1, width)
 
 
-@lru_cache(maxsize=32)
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One map cut at one shift, on a device. All are (N,) int32 but the last.
+
+    `order`: the tokens, group after group; `place`: where in `order` each token is; `base`, `size`: start and length of
+    the group that each token is in; `groups`: (start, length, windows) of each group.
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    base: torch.Tensor
+    size: torch.Tensor
+    groups: tuple[tuple[int, int, int], ...]
+
+
+def cut(height: int, width: int, shift: int, device: torch.device, grid: int = GRID) -> Cut:
+    """A map cut into windows."""
+    windows = window_groups(height, width, shift, grid)
+    order = torch.cat([group.reshape(-1) for group in windows])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    groups, start = [], 0
+    base, size = torch.empty_like(order), torch.empty_like(order)
+    for group in windows:
+        tokens = group.reshape(-1)
+        base[tokens], size[tokens] = start, len(tokens)
+        groups.append((start, len(tokens), len(group)))
+        start += len(tokens)
+    order, place, base, size = (index.int().to(device) for index in (order, place, base, size))
+    return Cut(order, place, base, size, tuple(groups))
+
+
 def partition(height: int, width: int, shifts: tuple[int, ...], device: torch.device, grid: int = GRID) -> Partition:
     """The partition of a batch of maps, row b shifted by `shifts[b]`."""
-    tokens = height * width
-    rows = {shift: window_groups(height, width, shift, grid) for shift in set(shifts)}
-    groups = [
-        torch.stack([rows[shift][group] + row * tokens for row, shift in enumerate(shifts)])
-        for group in range(len(rows[shifts[0]]))
-    ]
-    order = torch.cat([group.reshape(-1) for group in groups])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return Partition(
-        tuple(group.reshape(-1).to(device) for group in groups),
-        tuple(group.shape[1] for group in groups),
-        inverse.to(device),
+    return _partition({shift: cut(height, width, shift, device, grid) for shift in set(shifts)}, shifts)
+
+
+def _partition(cuts: dict[int, Cut], shifts: tuple[int, ...]) -> Partition:
+    """From the cuts of its rows; on the device, so that a new combination of shifts costs no transfer.
+
+    In `join` group g of row r lies behind all rows of the groups before it: base_g B + size_g r + (place - base_g).
+    """
+    order, place, base, size = (
+        torch.stack([getattr(cuts[shift], name) for shift in shifts]) for name in ("order", "place", "base", "size")
     )
+    row = torch.arange(len(shifts), device=order.device, dtype=order.dtype)[:, None]
+    tokens = order + row * order.shape[1]
+    groups = cuts[shifts[0]].groups
+    return Partition(
+        tuple(tokens[:, start : start + length].reshape(-1) for start, length, _ in groups),
+        tuple(windows for _, _, windows in groups),
+        (base * (len(shifts) - 1) + size * row + place).reshape(-1),
+    )
+
+
+class Partitions:
+    """Finds partitions and keeps the last few; lives as long as the windows are installed, and its indices with it."""
+
+    def __init__(self) -> None:
+        self._cut = lru_cache(maxsize=2 * SHIFTS)(cut)
+        self.find = lru_cache(maxsize=16)(self._find)
+
+    def _find(self, height: int, width: int, shifts: tuple[int, ...], device: torch.device, grid: int) -> Partition:
+        return _partition({shift: self._cut(height, width, shift, device, grid) for shift in set(shifts)}, shifts)
 
 
 def attend_in_windows(
@@ -96,9 +143,13 @@ def attend_in_windows(
     size: tuple[int, int],
     shifts: tuple[int, ...],
     grid: int = GRID,
+    find: Callable[..., Partition] = partition,
 ) -> torch.Tensor:
-    """`attend` inside each window. tokens: (B, h*w, C) of a map of `size` (h, w); `shifts`: k of each row."""
-    parts = partition(*size, shifts, tokens.device, grid)
+    """`attend` inside each window. tokens: (B, h*w, C) of a map of `size` (h, w); `shifts`: k of each row.
+
+    `find` gives the partition; `Partitions().find` remembers.
+    """
+    parts = find(*size, shifts, tokens.device, grid)
     return parts.join([attend(group) for group in parts.split(tokens)], tokens.shape[0])
 
 
@@ -114,12 +165,12 @@ def install_windows(
     `shifts(layer, rows)` gives k for each row. Where tokens do not match the map (they were merged or tiled), or the
     attention reads more than the picture itself (a context, a mask), it is left as it is, and `pass_by(why)` is told.
     """
-    layer = 0
+    layer, partitions = 0, Partitions()
     for transformer in layout.transformers(level):
         seen = _SeenSize()
         log.hook(transformer.register_forward_pre_hook(seen.note, with_kwargs=True))
         for block in transformer.transformer_blocks:
-            log.override(block.attn1, "forward", _windowed(seen, layer, shifts, pass_by))
+            log.override(block.attn1, "forward", _windowed(seen, layer, shifts, partitions, pass_by))
             layer += 1
 
 
@@ -133,7 +184,9 @@ class _SeenSize:
         self.size = tuple(x.shape[-2:])
 
 
-def _windowed(seen: _SeenSize, layer: int, shifts: Callable, pass_by: Callable[[str], None]) -> Callable:
+def _windowed(
+    seen: _SeenSize, layer: int, shifts: Callable, partitions: Partitions, pass_by: Callable[[str], None]
+) -> Callable:
     def make(previous: Callable) -> Callable:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             height, width = seen.size
@@ -147,7 +200,7 @@ def _windowed(seen: _SeenSize, layer: int, shifts: Callable, pass_by: Callable[[
                     own = [group if value is x else value for value in args]
                     return previous(group, *own, **{k: group if v is x else v for k, v in kwargs.items()})
 
-                return attend_in_windows(attend, x, seen.size, shifts(layer, x.shape[0]))
+                return attend_in_windows(attend, x, seen.size, shifts(layer, x.shape[0]), find=partitions.find)
             return previous(x, *args, **kwargs)
 
         return forward
