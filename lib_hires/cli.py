@@ -20,7 +20,7 @@ from .config.settings import Settings, schema
 from .methods import NONE, methods
 
 JOB_DEFAULTS: dict[str, Any] = {
-    "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": [], "steps": 20, "cfg": 7.0,
+    "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
     "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
     "report": None, "from_image": None,
 }  # fmt: skip
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     for name, default in JOB_DEFAULTS.items():
         kind = type(default) if isinstance(default, (int, float)) else str
         extra = {"action": "append"} if name == "set" else {"type": kind}
-        shown = "" if default in (None, "", []) else f" (default {format_value(default)})"
+        shown = "" if default in (None, "", {}) else f" (default {format_value(default)})"
         draw.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=HELP[name] + shown, **extra)
     draw.add_argument("--jobs", help="a file with one JSON object a line, with the names of these flags")
     draw.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
@@ -111,7 +111,7 @@ def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         base |= job_of_picture(Path(given["from_image"]))
     job = {**base, **given}
     own = given.get("set", {})
-    kept = base["set"] if isinstance(base["set"], dict) and job["method"] == base["method"] else {}
+    kept = base["set"] if job["method"] == base["method"] else {}
     job["set"] = {**kept, **(own if isinstance(own, dict) else from_argv(own))}
     if not job["prompt"]:
         raise HiresError("'prompt' is missing. Add --prompt TEXT or --from-image FILE.png.")

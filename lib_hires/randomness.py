@@ -2,24 +2,24 @@
 
 A draw is a pure function of its key, so that it does not matter how often, in which order, or in which batch the
 network is called: image k of a batch equals the same image alone. This is also the point of injection: a `Stream`
-with a `record` answers from it first, so that a recorded run can be replayed.
+with a `record` asks that first, so that a recorded run can be replayed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+Record = Mapping[tuple, int] | Callable[..., int | None]
+"""What was drawn once: a mapping from (seed, *place), or a function of them that may answer None for "draw"."""
 
 
 class Stream:
-    """The draws of one purpose, such as "window shift".
+    """The draws of one purpose, such as "window shift"; what `record` holds is answered instead of a draw."""
 
-    `record` maps keys (seed, *place) to values that are answered instead of a draw.
-    """
-
-    def __init__(self, purpose: str, record: Mapping[tuple, int] | None = None):
+    def __init__(self, purpose: str, record: Record | None = None):
         self.purpose = purpose
-        self.record = dict(record or {})
+        self._recorded = record if callable(record) else lambda *key: (record or {}).get(key)
 
     def bits(self, seed: int, *place: object) -> int:
         """64 bits for this seed and place."""
@@ -28,5 +28,5 @@ class Stream:
 
     def integer(self, below: int, seed: int, *place: object) -> int:
         """A whole number in 0..below-1, uniform over keys."""
-        recorded = self.record.get((seed, *place))
+        recorded = self._recorded(seed, *place)
         return self.bits(seed, *place) % below if recorded is None else recorded

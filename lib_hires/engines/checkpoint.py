@@ -26,7 +26,7 @@ from . import sidecar, structure
 from .files import CheckpointError, Tensors, open_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "scenes-sd15.safetensors"
-SCALING_FACTORS = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
+SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 BETAS = (0.00085, 0.012)
 
 
@@ -34,7 +34,7 @@ BETAS = (0.00085, 0.012)
 class Components:
     """A checkpoint's parts, in evaluation mode on `device`.
 
-    `family`: "sd15", "sd21" or "sdxl", from structure; `prediction_type`: "epsilon" or "v_prediction";
+    `family`: "sd1", "sd2" or "sdxl", from structure; `prediction_type`: "epsilon" or "v_prediction";
     `native_resolution`: pixels, None where the checkpoint does not tell; `beta_start`, `beta_end`: the ends of the
     scaled-linear schedule; `dtype`: of the UNet's weights (fp32 on a CPU, whatever was asked for).
     `tokenizers` and `text_encoders` go in pairs (SDXL has two).
@@ -125,7 +125,7 @@ def vae_dtype(family: str, dtype: torch.dtype) -> torch.dtype:
 
 def tokenizers(family: str) -> list[CLIPTokenizer]:
     """The bundled vocabulary, once per text encoder: OpenAI's CLIP pads with the end token, open_clip with token 0 ('!')."""
-    pads = {"sd15": ["<|endoftext|>"], "sd21": ["!"], "sdxl": ["<|endoftext|>", "!"]}[family]
+    pads = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[family]
     files = str(sidecar.CLIP_FOLDER / "vocab.json"), str(sidecar.CLIP_FOLDER / "merges.txt")
     return [CLIPTokenizer(*files, pad_token=pad, model_max_length=77) for pad in pads]
 
@@ -170,9 +170,9 @@ def _vae(tensors: Tensors, scaling_factor, device, dtype) -> AutoencoderKL:
 
 
 def _text_encoders(tensors: Tensors, family, notes, device, dtype) -> list:
-    if family == "sd15":
+    if family == "sd1":
         return [_clip(tensors, structure.HF_CLIP, notes, device, dtype)]
-    if family == "sd21":
+    if family == "sd2":
         return [_open_clip(tensors, structure.OPEN_CLIP, CLIPTextModel, device, dtype)]
     return [
         _clip(tensors, structure.SDXL_CLIP, notes, device, dtype),
@@ -225,7 +225,7 @@ def _prediction_type(tensors: Tensors, family: str, notes, unet) -> str:
         return sidecar.prediction_of(said, "'modelspec.prediction_type'")
     if "v_pred" in tensors:
         return "v_prediction"
-    return probe_prediction(unet) if family == "sd21" else "epsilon"
+    return probe_prediction(unet) if family == "sd2" else "epsilon"
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def _family(path: Path) -> str:
         raise CheckpointError(f"the folder '{path.name}' holds a {kind}, not a Stable Diffusion UNet.")
     if (path / "text_encoder_2").exists():
         return "sdxl"
-    return "sd21" if _json(path / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "sd15"
+    return "sd2" if _json(path / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "sd1"
 
 
 def _text_encoders(path: Path, family: str, device: torch.device, dtype: torch.dtype) -> list:

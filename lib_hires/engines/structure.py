@@ -26,7 +26,7 @@ LORA_MARKS = ("lora_unet_", "lora_te", "lora_down", "lora_up", "lora_A.", "lora_
 
 
 def family_of(shapes: Shapes, name: str) -> str:
-    """'sd15', 'sd21' or 'sdxl', from which text encoder the file has and whether the UNet takes a vector.
+    """'sd1', 'sd2' or 'sdxl', from which text encoder the file has and whether the UNet takes a vector.
 
     Raises `CheckpointError` naming what the file is instead, or which part it lacks.
     """
@@ -40,9 +40,9 @@ def family_of(shapes: Shapes, name: str) -> str:
     if any(key.startswith(REFINER_CLIP) for key in shapes):
         raise CheckpointError(f"'{name}' is an SDXL refiner, which cannot draw alone. Use an SDXL base checkpoint.")
     if any(key.startswith(OPEN_CLIP) for key in shapes):
-        return "sd21"
+        return "sd2"
     if any(key.startswith(HF_CLIP) for key in shapes):
-        return "sd15"
+        return "sd1"
     raise CheckpointError(
         f"'{name}' has no text encoder (no '{HF_CLIP}*', '{OPEN_CLIP}*' or 'conditioner.embedders.*' keys). "
         "Use a complete checkpoint."
@@ -111,7 +111,7 @@ def unet_config(shapes: Shapes, family: str, heads: Mapping[str, int], pooled_wi
         "cross_attention_dim": context,
         "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,
         "attention_head_dim": _heads(channels, family, heads),  # diffusers' name for the number of heads
-        "upcast_attention": family == "sd21",
+        "upcast_attention": family == "sd2",
     }
     return config | _vector_config(shapes, family, pooled_width)
 
@@ -126,7 +126,7 @@ def _depths(levels: list[Level], middle_depth: int) -> tuple[int, ...]:
 def _heads(channels: list[int], family: str, heads: Mapping[str, int]) -> tuple[int, ...]:
     fixed, width = heads.get("num_heads", -1), heads.get("num_head_channels", -1)
     if fixed == -1 and width == -1:
-        fixed, width = (8, -1) if family == "sd15" else (-1, 64)
+        fixed, width = (8, -1) if family == "sd1" else (-1, 64)
     if any(count % (fixed if width == -1 else width) for count in channels):
         raise CheckpointError(
             f"the UNet's channels {tuple(channels)} do not divide into {f'{fixed} heads' if width == -1 else f'heads of {width}'}. "

@@ -67,7 +67,7 @@ def _after(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], lo
 
 def _dilate(downsample: nn.Module, out: tuple[int, int], log: UndoLog) -> None:
     for conv in strided_convolutions(downsample):
-        log.set(conv, "_conv_forward", partial(dilated_conv, conv))
+        log.override(conv, "_conv_forward", lambda _previous, conv=conv: partial(dilated_conv, conv))
 
     def check(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
         if tuple(output.shape[-2:]) != out:

@@ -20,7 +20,7 @@ from ..config.errors import Conflict, HiresError
 from ..plan.method import Method, UNetPlan, Windows
 from ..plan.models import Model, read_model
 from ..plan.route import Route, Size, find_route
-from ..randomness import Stream
+from ..randomness import Record, Stream
 from ..schedule import Level, NoiseSchedule
 from .blocks import install_route
 from .control import fit_residuals
@@ -29,8 +29,8 @@ from .patches import UndoLog
 from .window_attention import SHIFTS, install_windows
 
 _open_sessions: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
-_KEYS_A_RUN = 16_000
-"""Noise levels are told apart to this part of a run when a shift is drawn."""
+_KEYS_A_TIMESTEP = 16
+"""Noise levels are told apart to this part of a timestep when a shift is drawn."""
 
 
 class Session:
@@ -40,7 +40,8 @@ class Session:
     settings beside them. seeds: the seed of each image of the batch; rows of a UNet call are taken for the images in
     turn, unless `at(rows=...)` says otherwise. schedule: the model's noise schedule. metadata: of the checkpoint.
     tokens_owned_by: who else divides the tokens ("Hypertile"), which switches window attention off.
-    record: shifts to answer instead of drawing, {(seed, level key, layer): k}.
+    record: shifts k to answer instead of drawing, as {(seed, timestep, layer): k} or a function of these three; timesteps are
+    told apart to 1/16, layers are counted in the order in which they run.
 
     Sessions on the same UNet nest: the innermost rules, the outer one is suspended until it is closed.
     Raises `UnsupportedModel`, `SettingError` or `Conflict` when made.
@@ -57,7 +58,7 @@ class Session:
         metadata: Mapping[str, str] | None = None,
         v_prediction: bool = False,
         tokens_owned_by: str | None = None,
-        record: Mapping[tuple, int] | None = None,
+        record: Record | None = None,
     ):
         self.unet = unet
         self.layout: Layout = read_layout(unet)
@@ -92,7 +93,11 @@ class Session:
             stack[-1]._suspend()
         stack.append(self)
         self.is_open = True
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def close(self) -> None:
@@ -233,7 +238,8 @@ class Session:
         """k of each row: a function of the image's seed, the noise level and the layer."""
         if self._windows is None or not self._windows.shifted:
             return (0,) * rows
-        key = round(self._level.progress * _KEYS_A_RUN)
+        timestep = (1 - self._level.progress) * (len(self.schedule) - 1)
+        key = round(timestep * _KEYS_A_TIMESTEP) / _KEYS_A_TIMESTEP
         seeds = (
             self._seeds_now if len(self._seeds_now) == rows else [self.seeds[r % len(self.seeds)] for r in range(rows)]
         )

@@ -25,12 +25,12 @@ TOP = {
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 UNETS = {
-    "sd15": {
+    "sd1": {
         "block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8, "cross_attention_dim": 64,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     },
-    "sd21": {
+    "sd2": {
         "block_out_channels": (64, 64, 128, 128), "attention_head_dim": (1, 1, 2, 2), "cross_attention_dim": 64,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "use_linear_projection": True,
@@ -168,12 +168,12 @@ def original_checkpoint(family: str, in_channels: int = 4) -> tuple[dict[str, to
     """(a single file's tensors, the modules that they were taken from)."""
     parts: dict[str, nn.Module] = {"unet": tiny_unet(family, in_channels), "vae": tiny_vae()}
     tensors = original_unet(parts["unet"]) | original_vae(parts["vae"])
-    if family in ("sd15", "sdxl"):
+    if family in ("sd1", "sdxl"):
         parts["clip"] = tiny_clip()
-        prefix = "cond_stage_model.transformer." if family == "sd15" else "conditioner.embedders.0.transformer."
+        prefix = "cond_stage_model.transformer." if family == "sd1" else "conditioner.embedders.0.transformer."
         tensors |= below(prefix, parts["clip"])
-    if family in ("sd21", "sdxl"):
+    if family in ("sd2", "sdxl"):
         parts["open_clip"] = OpenClipText().eval()
-        prefix = "cond_stage_model.model." if family == "sd21" else "conditioner.embedders.1.model."
+        prefix = "cond_stage_model.model." if family == "sd2" else "conditioner.embedders.1.model."
         tensors |= below(prefix, parts["open_clip"])
     return {name: value.detach().contiguous() for name, value in tensors.items()}, parts

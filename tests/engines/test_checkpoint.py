@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lib_hires.engines import checkpoint, structure
 from lib_hires.engines.files import CheckpointError
 
-FAMILIES = ("sd15", "sd21", "sdxl")
+FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 def inputs(unet, seed=0):
@@ -46,7 +46,7 @@ def test_a_single_file_computes_what_the_networks_in_it_did(tiny, family):
 
 
 @pytest.mark.parametrize("family, scaling, prediction", [
-    ("sd15", 0.18215, "epsilon"), ("sd21", 0.18215, "v_prediction"), ("sdxl", 0.13025, "epsilon"),
+    ("sd1", 0.18215, "epsilon"), ("sd2", 0.18215, "v_prediction"), ("sdxl", 0.13025, "epsilon"),
 ])
 def test_what_shapes_cannot_tell_follows_the_family(tiny, family, scaling, prediction):
     loaded = checkpoint.load(tiny(family)[0])
@@ -57,12 +57,12 @@ def test_what_shapes_cannot_tell_follows_the_family(tiny, family, scaling, predi
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 PUBLISHED = {  # from the unet/config.json of the diffusers releases
-    "sd15": {
+    "sd1": {
         "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (8, 8, 8, 8), "cross_attention_dim": 768,
         "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "use_linear_projection": False,
         "transformer_layers_per_block": (1, 1, 1, 1),
     },
-    "sd21": {
+    "sd2": {
         "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
         "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "use_linear_projection": True,
         "transformer_layers_per_block": (1, 1, 1, 1),
@@ -88,7 +88,7 @@ def test_the_full_size_networks_are_read_from_their_shapes(family):
 
 
 def test_an_inpainting_unet_is_told_by_its_input_channels(tiny):
-    path, _, parts = tiny("sd15", in_channels=9)
+    path, _, parts = tiny("sd1", in_channels=9)
     loaded = checkpoint.load(path)
     assert loaded.is_inpainting
     assert torch.equal(answer(loaded.unet), answer(parts["unet"]))
@@ -106,7 +106,7 @@ def test_ldms_own_unet_gives_the_same_answer(tiny, tmp_path, monkeypatch, linear
     with torch.no_grad():
         for weight in theirs.parameters():  # ldm starts some layers at zero, which would hide what they do
             weight.add_(torch.randn_like(weight) * 0.02)
-    _, tensors, _ = tiny("sd21" if linear else "sd15")
+    _, tensors, _ = tiny("sd2" if linear else "sd1")
     others = {name: value for name, value in tensors.items() if not name.startswith("model.diffusion_model.")}
     mine = {f"model.diffusion_model.{name}": value for name, value in theirs.state_dict().items()}
     save_file(others | mine, tmp_path / "real.safetensors")
@@ -129,7 +129,7 @@ def test_ldms_own_autoencoder_gives_the_same_picture(tiny, tmp_path, monkeypatch
     encoder, decoder = model.Encoder(**shape).eval(), model.Decoder(**shape).eval()
     quant, post = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(4, 4, 1)
     parts = {"encoder": encoder, "decoder": decoder, "quant_conv": quant, "post_quant_conv": post}
-    tensors = {name: value for name, value in tiny("sd15")[1].items() if not name.startswith("first_stage_model.")}
+    tensors = {name: value for name, value in tiny("sd1")[1].items() if not name.startswith("first_stage_model.")}
     for part, module in parts.items():
         tensors |= {f"first_stage_model.{part}.{name}": value for name, value in module.state_dict().items()}
     save_file(tensors, tmp_path / "real.safetensors")
@@ -153,7 +153,7 @@ def ldm_module(name, monkeypatch):
 
 
 def test_the_bundled_model_loads_with_what_its_yaml_says(components):
-    assert components.family == "sd15"
+    assert components.family == "sd1"
     assert components.native_resolution == 256
     assert components.factor == 8
     assert components.unet.config.in_channels == 4
@@ -161,7 +161,7 @@ def test_the_bundled_model_loads_with_what_its_yaml_says(components):
 
 
 def test_a_yaml_beside_the_file_overrides_heads_prediction_scale_and_schedule(tiny, tmp_path):
-    _, tensors, _ = tiny("sd15")
+    _, tensors, _ = tiny("sd1")
     save_file(tensors, tmp_path / "a.safetensors")
     (tmp_path / "a.yaml").write_text(
         "model:\n  params:\n    parameterization: v\n    scale_factor: 0.5\n    linear_start: 0.001\n    linear_end: 0.02\n"
@@ -195,7 +195,7 @@ def test_a_unet_that_answers_with_its_input_is_taken_for_an_eps_model(components
 
 
 def test_half_precision_files_are_computed_in_fp32_on_a_cpu(tiny, tmp_path):
-    _, tensors, parts = tiny("sd15")
+    _, tensors, parts = tiny("sd1")
     save_file({name: value.half() if value.is_floating_point() else value for name, value in tensors.items()},
               tmp_path / "half.safetensors")
     loaded = checkpoint.load(tmp_path / "half.safetensors", dtype=torch.float16)
@@ -205,7 +205,7 @@ def test_half_precision_files_are_computed_in_fp32_on_a_cpu(tiny, tmp_path):
 
 
 def test_a_ckpt_file_loads_like_safetensors(tiny, tmp_path):
-    _, tensors, parts = tiny("sd15")
+    _, tensors, parts = tiny("sd1")
     torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "old.ckpt")
     torch.save({"state_dict": tensors}, tmp_path / "older.ckpt", _use_new_zipfile_serialization=False)
     for name in ("old.ckpt", "older.ckpt"):
@@ -213,26 +213,26 @@ def test_a_ckpt_file_loads_like_safetensors(tiny, tmp_path):
 
 
 def test_a_diffusers_folder_computes_the_same(tiny, tmp_path):
-    path, _, parts = tiny("sd15")
+    path, _, parts = tiny("sd1")
     parts["unet"].save_pretrained(tmp_path / "unet")
     parts["vae"].save_pretrained(tmp_path / "vae", variant="fp16")
     parts["clip"].save_pretrained(tmp_path / "text_encoder")
     loaded, single = checkpoint.load(tmp_path), checkpoint.load(path)
-    assert (loaded.family, loaded.scaling_factor) == ("sd15", 0.18215)
+    assert (loaded.family, loaded.scaling_factor) == ("sd1", 0.18215)
     assert torch.equal(answer(loaded.unet), answer(single.unet))
     ids = torch.arange(77)[None]
     assert torch.equal(*[each.text_encoders[0](ids).last_hidden_state for each in (loaded, single)])
 
 
 def test_loading_leaves_the_global_generator_alone(tiny):
-    path = tiny("sd21")[0]
+    path = tiny("sd2")[0]
     before = torch.random.get_rng_state()
     checkpoint.load(path)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_extra_weights_beside_the_networks_do_no_harm(tiny, tmp_path):
-    _, tensors, parts = tiny("sd15")
+    _, tensors, parts = tiny("sd1")
     more = {"model_ema.decay": torch.ones(()), "first_stage_model.loss.logvar": torch.ones(()), "betas": torch.ones(9)}
     save_file(tensors | more, tmp_path / "more.safetensors")
     assert torch.equal(answer(checkpoint.load(tmp_path / "more.safetensors").unet), answer(parts["unet"]))
@@ -257,7 +257,7 @@ def without(start):
     (lambda tensors: {"weight": torch.ones(1)}, "is not a Stable Diffusion checkpoint"),
 ])
 def test_a_file_that_is_no_complete_checkpoint_is_named_for_what_it_is(tiny, tmp_path, change, words):
-    save_file(change(tiny("sd15")[1]), tmp_path / "bad.safetensors")
+    save_file(change(tiny("sd1")[1]), tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=words) as caught:
         checkpoint.load(tmp_path / "bad.safetensors")
     assert str(caught.value).startswith("Hires Lab: ")
@@ -286,7 +286,7 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused(tmp_path):
 
 
 def test_channels_that_do_not_divide_into_heads_ask_for_a_yaml(tmp_path):
-    tensors, _ = original_checkpoint("sd21")
+    tensors, _ = original_checkpoint("sd2")
     save_file(tensors, tmp_path / "odd.safetensors")
     config = {"model": {"params": {"unet_config": {"params": {"num_head_channels": 48}}}}}
     with pytest.raises(CheckpointError, match="heads of 48"):

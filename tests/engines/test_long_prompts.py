@@ -30,7 +30,7 @@ def test_chunks_are_encoded_apart(components):
 
 def test_padding_follows_each_text_encoder(components, tiny, sdxl):
     assert [each.pad_token_id for each in components.tokenizers] == [49407]
-    assert [each.pad_token_id for each in checkpoint.load(tiny("sd21")[0]).tokenizers] == [0]
+    assert [each.pad_token_id for each in checkpoint.load(tiny("sd2")[0]).tokenizers] == [0]
     assert [each.pad_token_id for each in sdxl.tokenizers] == [49407, 0]
 
 
@@ -41,7 +41,7 @@ def test_tokens_are_those_of_the_tokenizers_own_call(components):
 
 
 def test_sd1_reads_the_last_layer(tiny):
-    path, _, parts = tiny("sd15")
+    path, _, parts = tiny("sd1")
     loaded = checkpoint.load(path)
     ids = torch.tensor(prompts.chunked(prompts.tokenize(loaded.tokenizers[0], "a red star"), 1, 49406, 49407, 49407))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_sd1_reads_the_last_layer(tiny):
 
 
 def test_sd2_reads_open_clips_last_layer_but_one_through_the_final_norm(tiny):
-    path, _, parts = tiny("sd21")
+    path, _, parts = tiny("sd2")
     loaded, theirs = checkpoint.load(path), parts["open_clip"]
     ids = torch.tensor(prompts.chunked(prompts.tokenize(loaded.tokenizers[0], "a red star"), 1, 49406, 49407, 0))
     with torch.no_grad():

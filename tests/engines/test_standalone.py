@@ -193,7 +193,7 @@ def test_what_wraps_the_denoiser_is_what_the_loop_calls(components):
     assert isinstance(Engine(components).denoiser(Job("a star")), Denoiser)
 
 
-@pytest.mark.parametrize("family, channels", (("sd15", 4), ("sd15", 9), ("sd21", 4), ("sdxl", 4)))
+@pytest.mark.parametrize("family, channels", (("sd1", 4), ("sd1", 9), ("sd2", 4), ("sdxl", 4)))
 def test_every_family_draws(tiny, family, channels):
     engine = Engine(checkpoint.load(tiny(family, channels)[0]))
     job = Job("a star", width=72, height=64, steps=2, batch=2, sampler="ddim", negative="blur " * 80)
@@ -212,7 +212,7 @@ def test_a_zero_terminal_snr_model_starts_from_pure_noise_and_refuses_samplers_t
 
 def test_a_unet_that_needs_a_picture_is_refused(tiny):
     with pytest.raises(HiresError, match="takes 5 channels"):
-        Engine(checkpoint.load(tiny("sd15", 5)[0])).generate(Job("a star", **SMALL))
+        Engine(checkpoint.load(tiny("sd1", 5)[0])).generate(Job("a star", **SMALL))
 
 
 @pytest.mark.parametrize("values, words", [

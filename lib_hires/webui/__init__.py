@@ -1,0 +1,1 @@
+"""The WebUI's faces of a request: controls, arguments, infotext paste, XYZ axes; all derived from the schema."""

@@ -1,0 +1,220 @@
+"""The A1111 adapter against stand-ins for the few host modules it touches: what a live host shows seldom or hides."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from support import unets
+
+from lib_hires.config import Conflict, HiresError
+from lib_hires.hosts.a1111 import A1111, Run
+from lib_hires.hosts.protocol import Asked, UnknownHost, find_host
+from lib_hires.request import Request
+from lib_hires.schedule import scaled_linear
+from lib_hires.unet.session import sessions_on
+
+SIZE = 16
+
+
+class Callbacks(ModuleType):
+    """`modules.script_callbacks`: exceptions of callbacks are swallowed, as the host does."""
+
+    def __init__(self):
+        super().__init__("modules.script_callbacks")
+        self.denoiser = []
+
+    def on_cfg_denoiser(self, callback):
+        self.denoiser.append(callback)
+
+    def remove_callbacks_for_function(self, callback):
+        self.denoiser = [other for other in self.denoiser if other != callback]
+
+    def call(self, params):
+        for callback in self.denoiser:
+            try:
+                callback(params)
+            except Exception as error:
+                print("swallowed", error)
+
+
+class Model(SimpleNamespace):
+    """A loaded checkpoint."""
+
+    def __init__(self):
+        super().__init__(model=SimpleNamespace(diffusion_model=unets.build("ldm-sd15")), parameterization="eps",
+                         alphas_cumprod=torch.tensor(scaled_linear()), sd_checkpoint_info=SimpleNamespace(metadata={}))
+
+
+class Sampler:
+    """A sampler of two steps; `during` is called before each."""
+
+    def __init__(self, host, during=lambda: None):
+        self.host, self.during = host, during
+        self.sampler_extra_args = {"cond": SimpleNamespace(batch=[[0, 1], [0]])}
+        self.model_wrap_cfg = SimpleNamespace(sampler=self, inner_model=SimpleNamespace(sigmas=[]), step=0, total_steps=2)
+        self.seen = []
+
+    def sample(self, p, x):
+        for step, sigma in enumerate((14.0, 0.5)):
+            self.model_wrap_cfg.step = step
+            self.during()
+            self.host.callbacks.call(SimpleNamespace(denoiser=self.model_wrap_cfg, sigma=torch.tensor([sigma] * 5),
+                                                     x=torch.zeros(5, 4, SIZE, SIZE)))
+            unet = self.host.shared.sd_model.model.diffusion_model
+            open_now = sessions_on(unet)
+            unets.call(unet, unets.inputs("ldm-sd15", (SIZE, SIZE), 5), 900 if step == 0 else 10)
+            self.seen.append(dict(open_now[0].ran) if open_now else None)
+        return x
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The stand-ins, under the names that the adapter imports."""
+    callbacks, package = Callbacks(), ModuleType("modules")
+    shared = SimpleNamespace(sd_model=Model(), opts=SimpleNamespace())
+    sd_unet = SimpleNamespace(current_unet=None)
+    package.script_callbacks, package.shared, package.sd_unet = callbacks, shared, sd_unet
+    for name, module in {"modules": package, "modules.script_callbacks": callbacks, "modules.shared": shared,
+                         "modules.sd_unet": sd_unet}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return SimpleNamespace(callbacks=callbacks, shared=shared, sd_unet=sd_unet)
+
+
+def job(adapter, sampler, request=None, **fields):
+    """A `p` whose job asks for `request`, with a sampler; returned after the hooks before sampling."""
+    values = {"extra_generation_params": {}, "comments": {}, "seeds": [3, 4], "sampler": sampler, **fields}
+    p = SimpleNamespace(**values)
+    p.comment = lambda text: p.comments.update({text: 1})
+    p.get_token_merging_ratio = lambda for_hr=False: 0
+    request = request or Request.from_dict({"method": "hidiffusion", "native_size": 64})
+    adapter.prepare(p, lambda override: Asked(request))
+    adapter.before_sampling(p, torch.zeros(2, 4, SIZE, SIZE))
+    return p
+
+
+def test_a_run_is_followed_and_leaves_nothing(host):
+    sampler = Sampler(host)
+    p = job(A1111(), sampler)
+    sampler.sample(p, None)
+    assert sampler.seen == [{"stride 4 at 3, windows": 1}, {"stride 4 at 3, windows": 1, "windows": 1}]
+    assert host.callbacks.denoiser == []
+    assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
+
+
+def test_hooks_that_come_twice_open_one_session(host):
+    adapter, sampler = A1111(), Sampler(host)
+    p = job(adapter, sampler)
+    adapter.before_sampling(p, torch.zeros(2, 4, SIZE, SIZE))
+    counts = []
+    sampler.during = lambda: counts.append(len(sessions_on(host.shared.sd_model.model.diffusion_model)))
+    sampler.sample(p, None)
+    assert counts == [1, 1]
+
+
+def test_an_error_in_a_swallowed_callback_still_fails_the_job(host):
+    sampler = Sampler(host)
+    p = job(A1111(), sampler)
+    sampler.during = lambda: sampler.sampler_extra_args.clear()
+    with pytest.raises(KeyError, match="cond"):
+        sampler.sample(p, None)
+    assert host.callbacks.denoiser == []
+    assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
+
+
+def test_an_exception_and_an_interrupt_of_the_sampler_leave_nothing(host):
+    for failure in (RuntimeError("out of memory"), KeyboardInterrupt()):
+        sampler = Sampler(host)
+        p = job(A1111(), sampler)
+
+        def fail(failure=failure):
+            raise failure
+
+        sampler.during = fail
+        with pytest.raises(type(failure)):
+            sampler.sample(p, None)
+        assert host.callbacks.denoiser == []
+        assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
+
+
+def test_another_model_in_the_middle_of_a_run_gets_the_session(host):
+    first, second, sampler = host.shared.sd_model, Model(), Sampler(host)
+    p = job(A1111(), sampler)
+    steps = iter([lambda: None, lambda: setattr(host.shared, "sd_model", second)])
+    sampler.during = lambda: next(steps)()
+    sampler.sample(p, None)
+    assert sampler.seen == [{"stride 4 at 3, windows": 1}, {"windows": 1}]
+    assert sessions_on(first.model.diffusion_model) == sessions_on(second.model.diffusion_model) == []
+
+
+def test_a_replaced_unet_is_refused_in_words(host):
+    host.sd_unet.current_unet = SimpleNamespace(option=SimpleNamespace(label="[TRT] dreams"))
+    sampler = Sampler(host)
+    p = job(A1111(), sampler)
+    with pytest.raises(Conflict, match=r"'\[TRT\] dreams', whose blocks cannot be changed"):
+        sampler.sample(p, None)
+
+
+def test_a_network_that_is_no_unet_is_refused_in_words(host):
+    host.shared.sd_model.model.diffusion_model = torch.nn.Linear(2, 2)
+    sampler = Sampler(host)
+    p = job(A1111(), sampler)
+    with pytest.raises(HiresError, match="this model's network is a Linear, not a UNet"):
+        sampler.sample(p, None)
+
+
+def test_a_sweep_ends_a_run_that_was_never_ended(host):
+    adapter = A1111()
+    p = SimpleNamespace(seeds=[1], comments={}, comment=print, get_token_merging_ratio=lambda for_hr=False: 0)
+    run = Run(adapter._runs, p, Request.from_dict({"method": "hidiffusion", "native_size": 64}))
+    run.begin(Sampler(host))
+    assert len(sessions_on(host.shared.sd_model.model.diffusion_model)) == 1
+    adapter.sweep()
+    assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
+    assert host.callbacks.denoiser == []
+
+
+def test_rows_are_told_image_by_image_and_keep_their_seeds(host):
+    sampler, told = Sampler(host), []
+    p = job(A1111(), sampler)
+
+    def watch():
+        session = sessions_on(host.shared.sd_model.model.diffusion_model)[0]
+        at = session.at
+        session.at = lambda **level: (told.append(level["rows"]), at(**level))
+
+    sampler.during = watch
+    sampler.sample(p, None)
+    assert told[0] == [0, 0, 1, 0, 1]
+
+
+def test_wrong_settings_fail_where_the_host_draws_and_the_next_job_is_free(host):
+    adapter, p = A1111(), SimpleNamespace(extra_generation_params={"HL Method": "stale", "Steps": 3})
+
+    def wrong(_override):
+        raise HiresError("no")
+
+    adapter.prepare(p, wrong)
+    assert p.extra_generation_params == {"Steps": 3}
+    with pytest.raises(HiresError, match="Hires Lab: no"):
+        p.sample()
+    adapter.prepare(p, lambda override: Asked())
+    assert not hasattr(p, "sample")
+
+
+def test_img2img_is_wanted_whatever_the_passes_except_below_the_threshold(host):
+    for passes, wanted in (("first pass", True), ("hires pass", True), ("both passes", True), ("above threshold", False)):
+        request = Request.from_dict({"method": "hidiffusion", "passes": passes})
+        sampler = Sampler(host)
+        job(A1111(), sampler, request, init_images=[0])
+        assert ("sample" in vars(sampler)) == wanted
+
+
+def test_outside_of_any_host_an_enabled_job_fails_in_words():
+    assert isinstance(find_host(), UnknownHost)
+    p = SimpleNamespace()
+    find_host().prepare(p, lambda override: Asked())
+    assert not hasattr(p, "sample")
+    find_host().prepare(p, lambda override: Asked(Request.from_dict({"method": "hidiffusion"})))
+    with pytest.raises(HiresError, match=r"AUTOMATIC1111 1\.10 is"):
+        p.sample()
