@@ -65,7 +65,12 @@ class UnknownHost:
 
     def prepare(self, p: Any, read: Reader) -> None:
         """Make an enabled job fail with our sentence."""
-        if read(getattr(p, OVERRIDE, None)).request is not None:
+        try:
+            wanted = read(getattr(p, OVERRIDE, None)).request is not None
+        except HiresError as error:
+            fail_when_sampled(p, error)
+            return
+        if wanted:
             fail_when_sampled(p, HiresError(
                 "this WebUI is not one that it can work in; AUTOMATIC1111 1.10 is. Switch Hires Lab off."
             ))

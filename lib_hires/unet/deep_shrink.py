@@ -27,7 +27,7 @@ class DeepShrink(Method):
     title: ClassVar[str] = "Deep Shrink"
     summary: ClassVar[str] = "shrinks what enters one encoder block early on"
     use_when: ClassVar[str] = (
-        "1.5x to 2.5x the native size, and the picture should stay close to the native composition"
+        "1.5x to 2.5x the native size, where the picture should keep its fine structure"
     )
     source: ClassVar[str] = "kohya-ss, Deep Shrink (Hires.fix)"
 

@@ -45,7 +45,7 @@ class HiDiffusion(Method):
     name: ClassVar[str] = "hidiffusion"
     title: ClassVar[str] = "HiDiffusion"
     summary: ClassVar[str] = "shrinks the deep features early on and attends in windows"
-    use_when: ClassVar[str] = "1.5x to 4x the native size, and speed matters: it is faster than plain sampling"
+    use_when: ClassVar[str] = "1.5x to 4x the native size, where speed matters: faster than plain sampling"
     source: ClassVar[str] = "arXiv 2311.17528"
 
     strength: float = setting(
