@@ -31,4 +31,5 @@
     }
 
     if (typeof onAfterUiUpdate === 'function') onAfterUiUpdate(refresh);
+    document.addEventListener('input', () => setTimeout(refresh, 0)); // a checkbox changes nothing in the page's tree
 })();

@@ -46,7 +46,7 @@ def failing(error):
     return hook
 
 
-@pytest.mark.parametrize(("kind", "method"), zip(unets.KINDS, [*METHODS, *METHODS[::-1]]))
+@pytest.mark.parametrize(("kind", "method"), list(zip(unets.KINDS, [*METHODS, *METHODS[::-1]])))
 def test_a_failure_or_an_interrupt_in_any_block_leaves_the_network_as_it_was(unet, kind, method):
     before, values, failed = snapshots.of_tree(unet), inputs(kind), []
     errors = itertools.cycle([RuntimeError("out of memory"), KeyboardInterrupt(), Interrupted()])

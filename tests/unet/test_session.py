@@ -185,7 +185,7 @@ def test_telling_neither_timestep_nor_sigma_is_refused():
 
 def test_told_rows_say_which_image_each_row_is_over_all_calls_of_a_level(unet, kind):
     seeds, values = (7, 8, 9), unets.inputs(kind, batch=3)
-    order = [2, 0, 1, 1, 2, 0]
+    order = [2, 0, 1, 1, 0, 2]
     with session(unet, METHODS["windows"], seeds=seeds) as opened:
         straight = unets.call(unet, values)
         opened.at(timestep=900.0, rows=order)
