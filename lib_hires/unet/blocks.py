@@ -4,7 +4,8 @@ Everything is a forward hook or an instance attribute, so that state_dict keys, 
 
     resize on entering   forward pre-hook of the step's first module
     pool, resize after   forward hook of its last module
-    stride 4             `_conv_forward` of the strided convolution; LoRA and dtype casts, which live in `forward`, still run
+    stride 4             `_conv_forward` of the strided convolution, and its numbers for a `forward` that passes that by (Forge's);
+                         LoRA and dtype casts, which live in `forward`, still run
     sized up-sampling    the target size is handed to the up-sampler, or its `forward` is overridden where it takes none
 """
 
@@ -22,7 +23,7 @@ from ..config.errors import UnsupportedModel
 from ..plan.route import Route
 from .layout import Layout, strided_convolutions
 from .patches import UndoLog
-from .raunet import dilated_conv, pool, resize
+from .raunet import DILATED, dilated_conv, pool, resize
 
 
 def install_route(layout: Layout, route: Route, log: UndoLog) -> None:
@@ -68,6 +69,8 @@ def _after(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], lo
 def _dilate(downsample: nn.Module, out: tuple[int, int], log: UndoLog) -> None:
     for conv in strided_convolutions(downsample):
         log.override(conv, "_conv_forward", lambda _previous, conv=conv: partial(dilated_conv, conv))
+        for name, value in DILATED.items():
+            log.set(conv, name, value)
 
     def check(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
         if tuple(output.shape[-2:]) != out:

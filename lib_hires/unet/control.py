@@ -9,18 +9,37 @@ from typing import Any
 
 import torch
 
-from ..plan.route import Route
+from ..plan.route import Route, Size
 from .raunet import resize
 
 SKIPS, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 
 
 def fit_residuals(kwargs: dict[str, Any], route: Route) -> dict[str, Any]:
-    """diffusers' UNet keyword arguments with the residuals resized to `route`; the same dict where there are none."""
+    """A UNet's keyword arguments with the residuals resized to `route`: those of diffusers, or Forge's `control`."""
     skips, middle = kwargs.get(SKIPS), kwargs.get(MIDDLE)
     fitted = dict(kwargs)
     if skips is not None and len(skips) == len(route.encoder):
         fitted[SKIPS] = tuple(resize(residual, way.out, "bicubic") for residual, way in zip(skips, route.encoder))
     if isinstance(middle, torch.Tensor) and middle.dim() == 4:
         fitted[MIDDLE] = resize(middle, route.middle, "bicubic")
+    if isinstance(kwargs.get("control"), dict):
+        fitted["control"] = _fit_lists(kwargs["control"], route)
     return fitted
+
+
+def _fit_lists(control: dict[str, Any], route: Route) -> dict[str, Any]:
+    """Forge's and ldm_patched's residuals: lists that the UNet pops from the end, one at each block in the order it runs."""
+    skips = [way.out for way in route.encoder]
+    sizes = {"input": skips, "middle": [route.middle], "output": skips[::-1]}
+    fitted = {
+        name: [_fit(residual, size) for residual, size in zip(reversed(control[name]), order)][::-1]
+        for name, order in sizes.items()
+        if control.get(name)
+    }
+    return {**control, **fitted}
+
+
+def _fit(residual: Any, size: Size) -> Any:
+    is_map = isinstance(residual, torch.Tensor) and residual.dim() == 4
+    return resize(residual, size, "bicubic") if is_map else residual

@@ -99,13 +99,12 @@ def _read_ldm(unet: nn.Module) -> Layout:
         decoder_modules.append(DecoderModules(layers[0], layers[-1 if upsample is None else -2], upsample, transformer))
         level -= upsample is not None
     middle = next((layer for layer in unet.middle_block if _is_transformer(layer)), None)
-    label = next((m for m in _tree(getattr(unet, "label_emb", None)) if isinstance(m, nn.Linear)), None)
     structure = Structure(
         tuple(steps),
         tuple(decoder_steps),
         modules[0].first.in_channels,
         _context_width(unet),
-        label.in_features if label is not None else 0,
+        _input_width(getattr(unet, "label_emb", None)),
     )
     return _checked(Layout(unet, LDM, structure, tuple(modules), tuple(decoder_modules), middle))
 
@@ -134,8 +133,7 @@ def _read_diffusers(unet: nn.Module) -> Layout:
             decoder_modules.append(DecoderModules(resnet, last, upsample, transformer))
         level -= bool(upsamplers)
     middle = next(iter(getattr(unet.mid_block, "attentions", None) or ()), None) if unet.mid_block is not None else None
-    added = getattr(unet, "add_embedding", None)
-    vector = next((m.in_features for m in _tree(added) if isinstance(m, nn.Linear)), 0)
+    vector = _input_width(getattr(unet, "add_embedding", None))
     structure = Structure(tuple(steps), tuple(decoder_steps), unet.conv_in.in_channels, _context_width(unet), vector)
     return _checked(Layout(unet, DIFFUSERS, structure, tuple(modules), tuple(decoder_modules), middle))
 
@@ -152,8 +150,11 @@ def _pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
 
 
 def strided_convolutions(downsample: nn.Module) -> list[nn.Conv2d]:
-    """The stride-2 convolutions of a down-sampler: its own, and those of adapters that follow its stride."""
-    return [m for m in downsample.modules() if isinstance(m, nn.Conv2d) and tuple(m.stride) == (2, 2)]
+    """The strided convolutions of a down-sampler: its own, and those of adapters that follow its stride.
+
+    The stride is 2, or 4 while another session has a route in the network.
+    """
+    return [m for m in downsample.modules() if isinstance(m, nn.Conv2d) and tuple(m.stride) in ((2, 2), (4, 4))]
 
 
 def _is_downsample(layer: nn.Module) -> bool:
@@ -187,6 +188,11 @@ def _context_width(unet: nn.Module) -> int:
         if name.endswith("attn2.to_k"):
             return getattr(module, "in_features", 0) or module.weight.shape[1]
     return 0
+
+
+def _input_width(embedding: nn.Module | None) -> int:
+    """Width of what the first linear layer takes, of whatever class (Forge's is no `nn.Linear`); 0 without one."""
+    return next((m.in_features for m in _tree(embedding) if hasattr(m, "in_features")), 0)
 
 
 def _has(network: object, *names: str) -> bool:

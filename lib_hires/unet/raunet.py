@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+DILATED = {"stride": (4, 4), "padding": (2, 2), "dilation": (2, 2), "_reversed_padding_repeated_twice": (2, 2, 2, 2)}
+"""The stride 4 of `dilated_conv` as attributes of a `Conv2d`."""
+
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
