@@ -11,7 +11,9 @@ MARGIN, LABEL_WIDTH, HEADER = 12, 150, 34
 INK, PAPER = (30, 30, 34), (250, 250, 248)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 200) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 200
+) -> Image.Image:
     """Rows of (label, pictures) under column titles. Pictures keep their aspect and are fitted into `cell` pixels."""
     width = LABEL_WIDTH + len(columns) * (cell + MARGIN) + MARGIN
     heights = [max(_fitted(picture, cell).height for picture in pictures) for _, pictures in rows]
@@ -38,4 +40,6 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 def _fitted(picture: Image.Image, cell: int) -> Image.Image:
     share = cell / max(picture.size)
-    return picture.convert("RGB").resize((round(picture.width * share), round(picture.height * share)), Image.Resampling.LANCZOS)
+    return picture.convert("RGB").resize(
+        (round(picture.width * share), round(picture.height * share)), Image.Resampling.LANCZOS
+    )

@@ -22,13 +22,14 @@ from lib_hires.methods import NONE, methods
 from .contact_sheet import contact_sheet, save_sheet
 from .subjects import count_subjects
 
-PROMPTS = (
-    "a striped red star on a blue background",
-    "a yellow heart on a green background",
-    "a striped blue ring on a white background",
-)
+PROMPTS = {
+    "a striped red star on a blue background": 11,
+    "a yellow heart on a green background": 12,
+    "a green triangle on a white background": 22,
+}
+"""Prompt -> seed."""
 ASPECTS = {"square": (1, 1), "portrait": (2, 3), "landscape": (3, 2)}
-STEPS, CFG, SEED = 20, 4.0, 11
+STEPS, CFG = 20, 4.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,13 +63,22 @@ def _parser() -> argparse.ArgumentParser:
 def _jobs(first: dict[str, Any], native: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One job a picture: every prompt, native and scaled, in every aspect and by every method."""
     plain_then_methods = [NONE, *methods()]
+    prompts = {text: 1 + index for index, text in enumerate(options.prompt)} if options.prompt else PROMPTS
     for aspect, ratio in ASPECTS.items():
         for scale, names in ((1.0, [NONE]), (options.scale, plain_then_methods)):
             width, height = size_of(native * scale, ratio)
             for name in names:
-                for index, prompt in enumerate(options.prompt or PROMPTS):
-                    job = {**first, "prompt": prompt, "width": width, "height": height, "method": name, "steps": STEPS,
-                           "cfg": CFG, "seed": SEED + index}
+                for index, (prompt, seed) in enumerate(prompts.items()):
+                    job = {
+                        **first,
+                        "prompt": prompt,
+                        "width": width,
+                        "height": height,
+                        "method": name,
+                        "steps": STEPS,
+                        "cfg": CFG,
+                        "seed": seed,
+                    }
                     kind = "native" if scale == 1.0 else "plain" if name == NONE else name
                     out = options.out / f"{aspect}-{kind}-{index + 1}.png"
                     yield {**job, "out": str(out), "kind": kind, "aspect": aspect}
@@ -94,7 +104,9 @@ def _cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells.setdefault((row["kind"], row["width"], row["height"]), []).append(row)
     return [
         {
-            "method": kind, "width": width, "height": height,
+            "method": kind,
+            "width": width,
+            "height": height,
             "unet_calls": same[0]["report"]["unet_calls"],
             "seconds": sum(row["report"]["seconds"] for row in same) / len(same),
             "peak_memory": max(row["report"]["peak_memory"] for row in same),

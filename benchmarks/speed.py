@@ -98,7 +98,11 @@ class Setup:
             "hidiffusion, windows only": {"apply_raunet": False},
         }.items():
             unet = copy.deepcopy(self.unet)
-            family = "stabilityai/stable-diffusion-xl-base-1.0" if self.network.layout == "sdxl" else "runwayml/stable-diffusion-v1-5"
+            family = (
+                "stabilityai/stable-diffusion-xl-base-1.0"
+                if self.network.layout == "sdxl"
+                else "runwayml/stable-diffusion-v1-5"
+            )
             apply_hidiffusion(DiffusionPipeline(unet, family, CALLS), **options)
             runs[name] = lambda unet=unet: self.clock(unet)
         return runs
@@ -145,16 +149,26 @@ def _wait(device: torch.device) -> None:
 def _row(setup: Setup, name: str, own: list[float], plain: list[float], peaks: dict[str, int]) -> dict:
     ratios = [mine / other for mine, other in zip(own, plain)]
     return {
-        "layout": setup.network.layout, "channels": list(setup.network.channels), "pixels": setup.size[0] * 8, "batch": setup.batch,
-        "variant": name, "seconds_a_call": statistics.median(own),
-        "ratio": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios),
-        "peak_growth": peaks[name], "peak_ratio": peaks[name] / max(1, peaks["plain"]),
+        "layout": setup.network.layout,
+        "channels": list(setup.network.channels),
+        "pixels": setup.size[0] * 8,
+        "batch": setup.batch,
+        "variant": name,
+        "seconds_a_call": statistics.median(own),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "greatest": max(ratios),
+        "peak_growth": peaks[name],
+        "peak_ratio": peaks[name] / max(1, peaks["plain"]),
     }
 
 
 def table(rows: Sequence[dict]) -> str:
     """Rows as Markdown."""
-    lines = ["| network | size | variant | ms a call | time, plain = 1 | spread | memory, plain = 1 |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| network | size | variant | ms a call | time, plain = 1 | spread | memory, plain = 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         width = "full" if row["channels"][0] == FULL["sd15"].channels[0] else f"{row['channels'][0]} channels"
         lines.append(
@@ -181,8 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for scale in options.scales:
             rows += measure(Setup(networks[layout], scale, options.batch, device, dtype), options.rounds)
             print(f"{layout} at {scale:g} times its native size: done", flush=True)
-    about = {"date": date.today().isoformat(), "device": _device_name(device), "torch": torch.__version__, "commit": _commit(),
-             "threads": torch.get_num_threads(), "rounds": options.rounds, "calls_a_round": CALLS}
+    about = {
+        "date": date.today().isoformat(),
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "calls_a_round": CALLS,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=2), encoding="utf-8")
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(rows))
@@ -195,7 +216,9 @@ def _device_name(device: torch.device) -> str:
 
 def _commit() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -26,7 +26,9 @@ COLOUR = 11.0  # least Lab distance (over the grain) from the ground around it t
 SUPPORT = 0.5  # least share of a coloured region's boundary that runs along edges; a blotch's is soft
 BRIDGE = 0.012  # a bridge between two regions up to this share wide is cut
 NEAR = 0.06  # diameter, as a share of the short side, by which hulls reach further where one is of an open outline
-OPEN = 0.5  # a region that fills less of its hull than this is an outline with gaps: what lies in its hull belongs to it
+OPEN = (
+    0.5  # a region that fills less of its hull than this is an outline with gaps: what lies in its hull belongs to it
+)
 
 
 def count_subjects(image) -> int:

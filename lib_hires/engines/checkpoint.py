@@ -112,7 +112,9 @@ def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> 
         beta_start=BETAS[0] if notes.beta_start is None else float(notes.beta_start),
         beta_end=BETAS[1] if notes.beta_end is None else float(notes.beta_end),
         native_resolution=_native_resolution(tensors.metadata),
-        path=path, device=device, dtype=dtype,
+        path=path,
+        device=device,
+        dtype=dtype,
         zero_terminal_snr="ztsnr" in tensors,
         metadata=tensors.metadata,
     )
@@ -130,7 +132,9 @@ def tokenizers(family: str) -> list[CLIPTokenizer]:
     return [CLIPTokenizer(*files, pad_token=pad, model_max_length=77) for pad in pads]
 
 
-def fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], device, dtype, part: str, file: str) -> torch.nn.Module:
+def fill(
+    module: torch.nn.Module, weights: dict[str, torch.Tensor], device, dtype, part: str, file: str
+) -> torch.nn.Module:
     """Give a module built on the meta device its weights, converted one at a time; `weights` is emptied.
 
     Raises `CheckpointError` naming the first missing, unexpected or misshapen weights.
@@ -184,7 +188,7 @@ def _clip(tensors: Tensors, prefix: str, notes, device, dtype) -> CLIPTextModel:
     """OpenAI's CLIP; some merged files leave 'text_model.' out of its names."""
     weights = {}
     for name, value in tensors.section(prefix).items():
-        rest = name[len(prefix):]
+        rest = name[len(prefix) :]
         if not rest.endswith("position_ids"):
             weights[rest if rest.startswith("text_model.") else f"text_model.{rest}"] = value
     config = structure.clip_config(_shapes_of(weights), notes.clip)
@@ -193,8 +197,12 @@ def _clip(tensors: Tensors, prefix: str, notes, device, dtype) -> CLIPTextModel:
 
 def _open_clip(tensors: Tensors, prefix: str, kind, device, dtype):
     """open_clip's tower. SD2 reads the last layer but one through the final norm: its last layer is left out."""
-    source = {name: value for name, value in tensors.section(prefix).items() if not name.endswith(("logit_scale", "attn_mask"))}
-    config = structure.open_clip_config({name[len(prefix):]: tuple(value.shape) for name, value in source.items()})
+    source = {
+        name: value
+        for name, value in tensors.section(prefix).items()
+        if not name.endswith(("logit_scale", "attn_mask"))
+    }
+    config = structure.open_clip_config({name[len(prefix) :]: tuple(value.shape) for name, value in source.items()})
     if kind is CLIPTextModel:
         config["num_hidden_layers"] -= 1
         last = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}."

@@ -47,7 +47,7 @@ class Tensors:
 
     def below(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors whose name starts with `prefix`, by the rest of their name."""
-        return {name[len(prefix):]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
 
     def section(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose name starts with `prefix`, by their full name."""

@@ -17,20 +17,27 @@ def load(path: Path, device: torch.device, dtype: torch.dtype) -> Components:
     """Load a folder. Raises `CheckpointError` where a part is missing or it is no Stable Diffusion model."""
     for part in ("unet", "vae", "text_encoder"):
         if not (path / part / "config.json").exists():
-            raise CheckpointError(f"the folder '{path.name}' has no '{part}/config.json'. Give a complete diffusers folder.")
+            raise CheckpointError(
+                f"the folder '{path.name}' has no '{part}/config.json'. Give a complete diffusers folder."
+            )
     settings = _json(path / "scheduler" / "scheduler_config.json")
     family = _family(path)
     vae = _model(AutoencoderKL, path / "vae", device, vae_dtype(family, dtype))
     unet = _model(UNet2DConditionModel, path / "unet", device, dtype)
     return Components(
-        unet=unet, vae=vae, tokenizers=tokenizers(family), text_encoders=_text_encoders(path, family, device, dtype),
+        unet=unet,
+        vae=vae,
+        tokenizers=tokenizers(family),
+        text_encoders=_text_encoders(path, family, device, dtype),
         family=family,
         prediction_type=settings.get("prediction_type", "epsilon"),
         scaling_factor=vae.config.scaling_factor,
         beta_start=settings.get("beta_start", BETAS[0]),
         beta_end=settings.get("beta_end", BETAS[1]),
         native_resolution=_native_resolution(unet, vae),
-        path=path, device=device, dtype=dtype,
+        path=path,
+        device=device,
+        dtype=dtype,
         zero_terminal_snr=bool(settings.get("rescale_betas_zero_snr", False)),
     )
 
@@ -57,7 +64,10 @@ def _model(kind, folder: Path, device: torch.device, dtype: torch.dtype):
     plain = any(name.endswith((".safetensors", ".bin")) and ".fp16." not in name for name in names)
     try:
         model = kind.from_pretrained(
-            str(folder), local_files_only=True, torch_dtype=dtype, variant=None if plain else "fp16",
+            str(folder),
+            local_files_only=True,
+            torch_dtype=dtype,
+            variant=None if plain else "fp16",
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{folder}' cannot be loaded ({error}).") from error

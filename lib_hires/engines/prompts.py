@@ -91,7 +91,7 @@ def tokenize(tokenizer, prompt: str) -> list[int]:
 
 def chunked(tokens: list[int], chunks: int, start: int, end: int, pad: int) -> list[list[int]]:
     """Rows of 77: start, up to 75 tokens, end, padding."""
-    rows = [tokens[at * CHUNK:(at + 1) * CHUNK] for at in range(chunks)]
+    rows = [tokens[at * CHUNK : (at + 1) * CHUNK] for at in range(chunks)]
     return [[start, *row, end, *[pad] * (CHUNK - len(row))] for row in rows]
 
 

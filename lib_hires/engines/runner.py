@@ -88,8 +88,12 @@ def session_for(components: Components, request: Request, job: Job) -> Session |
         return None
     size = components.native_resolution
     return Session(
-        components.unet, [request.method], request.common, seeds=[job.seed + index for index in range(job.batch)],
-        schedule=schedule_of(components), metadata={"modelspec.resolution": f"{size}x{size}"} if size else None,
+        components.unet,
+        [request.method],
+        request.common,
+        seeds=[job.seed + index for index in range(job.batch)],
+        schedule=schedule_of(components),
+        metadata={"modelspec.resolution": f"{size}x{size}"} if size else None,
         v_prediction=components.prediction_type == "v_prediction",
     )
 
@@ -106,7 +110,9 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     if device not in DEVICES:
         raise SettingError("device", device, "one of 'auto', 'cpu', 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
-        raise HiresError("'device' is 'cuda', but torch finds no CUDA device. Use 'cpu', or install a CUDA build of torch.")
+        raise HiresError(
+            "'device' is 'cuda', but torch finds no CUDA device. Use 'cpu', or install a CUDA build of torch."
+        )
     if dtype == "auto":
         dtype = "fp16" if device == "cuda" else "fp32"
     if dtype not in DTYPES:
@@ -132,15 +138,25 @@ def picture_names(out: Path, batch: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(1, batch + 1)]
 
 
-def report_of(components: Components, request: Request, session: Session | None, job: Job, result: Result) -> dict[str, Any]:
+def report_of(
+    components: Components, request: Request, session: Session | None, job: Job, result: Result
+) -> dict[str, Any]:
     """What ran, as plain data."""
     settings = request.to_dict()
     device = torch.cuda.get_device_name(components.device) if components.device.type == "cuda" else "cpu"
     return {
-        "method": settings.pop("method"), "settings": settings if request.method else {}, "seed": job.seed, "batch": job.batch,
-        "device": device, "dtype": str(components.dtype).removeprefix("torch."), "checkpoint": components.path.name,
-        "stages": result.stages, "unet_calls": result.unet_calls, "seconds": result.seconds,
-        "peak_memory": result.peak_memory, "routes": dict(session.ran) if session else {},
+        "method": settings.pop("method"),
+        "settings": settings if request.method else {},
+        "seed": job.seed,
+        "batch": job.batch,
+        "device": device,
+        "dtype": str(components.dtype).removeprefix("torch."),
+        "checkpoint": components.path.name,
+        "stages": result.stages,
+        "unet_calls": result.unet_calls,
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "routes": dict(session.ran) if session else {},
         "notes": notes_of(request, session),
     }
 
@@ -150,7 +166,9 @@ def notes_of(request: Request, session: Session | None) -> list[str]:
     if session is not None:
         return session.notes
     if request.method is not None:
-        return [f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."]
+        return [
+            f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."
+        ]
     return []
 
 

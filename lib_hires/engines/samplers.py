@@ -80,7 +80,9 @@ class Run:
         """The UNet's input for this call: same shape."""
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
 
-    def step(self, prediction: torch.Tensor, latents: torch.Tensor, call: int, generators: list[torch.Generator]) -> torch.Tensor:
+    def step(
+        self, prediction: torch.Tensor, latents: torch.Tensor, call: int, generators: list[torch.Generator]
+    ) -> torch.Tensor:
         """The next latents (B, 4, h, w); `generators`: one for each image, for the noise that the sampler adds."""
         options = dict(self.step_options)
         if "generator" in inspect.signature(self.scheduler.step).parameters:
@@ -94,15 +96,19 @@ def make(name: str, components: Components, steps: int) -> Run:
     cls = getattr(diffusers, sampler.scheduler)
     accepted = inspect.signature(cls.__init__).parameters
     options = {
-        "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-        "beta_start": components.beta_start, "beta_end": components.beta_end,
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": components.beta_start,
+        "beta_end": components.beta_end,
         "prediction_type": components.prediction_type,
     }
     if "timestep_spacing" in accepted:
         trailing = steps < FEW_STEPS or components.zero_terminal_snr
         options["timestep_spacing"] = "trailing" if trailing else sampler.spacing
     if "original_inference_steps" in accepted:
-        options["original_inference_steps"] = max(50, steps)  # LCM was distilled at 50 and takes no more steps than this
+        options["original_inference_steps"] = max(
+            50, steps
+        )  # LCM was distilled at 50 and takes no more steps than this
     if components.zero_terminal_snr:
         if "rescale_betas_zero_snr" not in accepted:
             raise HiresError(f"the sampler '{name}' cannot run a zero-terminal-SNR model. Use 'euler' or 'ddim'.")
@@ -125,11 +131,17 @@ def _set(scheduler, sampler: Sampler, steps: int) -> Run:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     timesteps = [float(value) for value in scheduler.timesteps]
-    steps = len(timesteps[::sampler.calls])
-    completed = [(call + 1) // sampler.calls for call in range(len(timesteps) - 1)] + [steps]  # the last step is one call
+    steps = len(timesteps[:: sampler.calls])
+    completed = [(call + 1) // sampler.calls for call in range(len(timesteps) - 1)] + [
+        steps
+    ]  # the last step is one call
     return Run(
-        scheduler=scheduler, timesteps=timesteps, positions=_positions(timesteps, sampler.calls),
-        completed=completed, steps=steps, step_options=dict(sampler.step_options),
+        scheduler=scheduler,
+        timesteps=timesteps,
+        positions=_positions(timesteps, sampler.calls),
+        completed=completed,
+        steps=steps,
+        step_options=dict(sampler.step_options),
     )
 
 

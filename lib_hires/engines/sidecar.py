@@ -44,7 +44,9 @@ def read(config: str | Path | Mapping | None, checkpoint: Path) -> Sidecar:
     content = config if isinstance(config, Mapping) else _load(Path(config))
     params = _walk(content, "model", "params")
     if not isinstance(params, Mapping):
-        raise CheckpointError(f"'{name}' has no 'model: params:'. Use the yaml that belongs to the checkpoint, or none.")
+        raise CheckpointError(
+            f"'{name}' has no 'model: params:'. Use the yaml that belongs to the checkpoint, or none."
+        )
     unet = _walk(params, "unet_config", "params") or _walk(params, "network_config", "params") or {}
     return Sidecar(
         heads={key: int(unet[key]) for key in ("num_heads", "num_head_channels") if unet.get(key) is not None},
@@ -59,7 +61,9 @@ def read(config: str | Path | Mapping | None, checkpoint: Path) -> Sidecar:
 def prediction_of(word: str, source: str) -> str:
     """diffusers' name of a prediction type. Raises `CheckpointError` for an unknown one."""
     if word not in PREDICTIONS:
-        raise CheckpointError(f"{source} asks for the prediction type '{word}', must be one of {', '.join(PREDICTIONS)}.")
+        raise CheckpointError(
+            f"{source} asks for the prediction type '{word}', must be one of {', '.join(PREDICTIONS)}."
+        )
     return PREDICTIONS[word]
 
 

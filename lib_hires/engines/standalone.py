@@ -46,12 +46,18 @@ class Job:
 
     def __post_init__(self):
         for name, low, high in (
-            ("width", 8, 16384), ("height", 8, 16384), ("steps", 1, 1000), ("cfg", 0, 100), ("batch", 1, 1024),
+            ("width", 8, 16384),
+            ("height", 8, 16384),
+            ("steps", 1, 1000),
+            ("cfg", 0, 100),
+            ("batch", 1, 1024),
             ("seed", 0, MAX_SEED),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise SettingError(name, value, f"between {low} and {high}", "Raise it." if value < low else "Lower it.")
+                raise SettingError(
+                    name, value, f"between {low} and {high}", "Raise it." if value < low else "Lower it."
+                )
         if self.sampler not in samplers.SAMPLERS:
             raise SettingError("sampler", self.sampler, "one of " + ", ".join(samplers.SAMPLERS))
 
@@ -122,8 +128,12 @@ class Engine:
             latents, stage = self.sample(job, denoiser, session, on_step)
             images = self.decode(latents)
         return Result(
-            images=images, latents=latents.float().cpu(), stages=[stage], unet_calls=stage["unet_calls"],
-            seconds=time.perf_counter() - started, peak_memory=peak.bytes,
+            images=images,
+            latents=latents.float().cpu(),
+            stages=[stage],
+            unet_calls=stage["unet_calls"],
+            seconds=time.perf_counter() - started,
+            peak_memory=peak.bytes,
         )
 
     def check(self, job: Job) -> None:
@@ -137,7 +147,9 @@ class Engine:
                 raise SettingError(name, value, f"a multiple of {factor} (pixels per latent)", f"Use {fit}.")
         channels = self.components.unet.config.in_channels
         if channels != self.components.latent_channels and not self.components.is_inpainting:
-            raise HiresError(f"this UNet takes {channels} channels: it needs a picture beside the text. Use another checkpoint.")
+            raise HiresError(
+                f"this UNet takes {channels} channels: it needs a picture beside the text. Use another checkpoint."
+            )
 
     def denoiser(self, job: Job) -> Denoiser:
         """The UNet told [negative x B, positive x B], or only the positive where `cfg` is 1."""

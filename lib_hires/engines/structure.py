@@ -119,7 +119,9 @@ def unet_config(shapes: Shapes, family: str, heads: Mapping[str, int], pooled_wi
 def _depths(levels: list[Level], middle_depth: int) -> tuple[int, ...]:
     """Transformer depth by level; diffusers gives the last one to the middle block too."""
     if any(len(set(level.depths)) > 1 for level in levels) or levels[-1].depths[0] not in (0, middle_depth):
-        raise CheckpointError("this UNet's transformer depth changes within a level (a pruned SDXL?). Use an SDXL base.")
+        raise CheckpointError(
+            "this UNet's transformer depth changes within a level (a pruned SDXL?). Use an SDXL base."
+        )
     return (*(level.depths[0] or 1 for level in levels[:-1]), middle_depth)
 
 
@@ -143,7 +145,9 @@ def _vector_config(shapes: Shapes, family: str, pooled_width: int) -> dict:
         return {}
     width = shapes["label_emb.0.0.weight"][1]
     if family != "sdxl" or (width - pooled_width) <= 0 or (width - pooled_width) % TIME_IDS:
-        raise CheckpointError(f"this UNet takes a vector of {width} numbers that is not SDXL's (an unCLIP or upscaling model?).")
+        raise CheckpointError(
+            f"this UNet takes a vector of {width} numbers that is not SDXL's (an unCLIP or upscaling model?)."
+        )
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": (width - pooled_width) // TIME_IDS,
@@ -196,9 +200,16 @@ def open_clip_config(shapes: Shapes) -> dict:
 
 def _text_config(width: int, vocabulary: int, positions: int, layers: int, inner: int, activation: str) -> dict:
     return {
-        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 64), "max_position_embeddings": positions, "hidden_act": activation,
-        "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": positions,
+        "hidden_act": activation,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
         "projection_dim": width,
     }
 
@@ -207,7 +218,9 @@ def _text_overrides(overrides: Mapping, width: int) -> dict:
     """From a CLIP folder's config.json: what shapes cannot tell, if it is the config of a tower this wide."""
     if overrides.get("hidden_size") != width:
         return {}
-    return {name: overrides[name] for name in ("num_attention_heads", "hidden_act", "layer_norm_eps") if name in overrides}
+    return {
+        name: overrides[name] for name in ("num_attention_heads", "hidden_act", "layer_norm_eps") if name in overrides
+    }
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

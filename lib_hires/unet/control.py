@@ -1,4 +1,4 @@
-"""ControlNet residuals on a shrunk feature map: each is resized, bicubic, to the skip that it is added to.
+"""ControlNet and T2I-Adapter residuals on a shrunk feature map: each is resized, bicubic, to the skip that it is added to.
 
 Source: HiDiffusion's SDXL ControlNet pipeline, which resizes residuals to the current feature size.
 """
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..plan.route import Route, Size
+from ..plan.structure import PAIR, Structure
 from .raunet import resize
 
 SKIPS, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+ADAPTER = "down_intrablock_additional_residuals"
 
 
-def fit_residuals(kwargs: dict[str, Any], route: Route) -> dict[str, Any]:
+def fit_residuals(kwargs: dict[str, Any], route: Route, structure: Structure) -> dict[str, Any]:
     """A UNet's keyword arguments with the residuals resized to `route`: those of diffusers, or Forge's `control`."""
     skips, middle = kwargs.get(SKIPS), kwargs.get(MIDDLE)
     fitted = dict(kwargs)
@@ -23,9 +25,23 @@ def fit_residuals(kwargs: dict[str, Any], route: Route) -> dict[str, Any]:
         fitted[SKIPS] = tuple(resize(residual, way.out, "bicubic") for residual, way in zip(skips, route.encoder))
     if isinstance(middle, torch.Tensor) and middle.dim() == 4:
         fitted[MIDDLE] = resize(middle, route.middle, "bicubic")
+    if kwargs.get(ADAPTER) is not None:
+        sizes = (route.encoder[index].out for index in _adapter_steps(structure))
+        fitted[ADAPTER] = [resize(residual, size, "bicubic") for residual, size in zip(kwargs[ADAPTER], sizes)]
     if isinstance(kwargs.get("control"), dict):
         fitted["control"] = _fit_lists(kwargs["control"], route)
     return fitted
+
+
+def _adapter_steps(structure: Structure) -> list[int]:
+    """After which encoder step diffusers adds a T2I-Adapter's residual of each level: the last pair where the level has
+    transformers, else the last step, down-sampler included."""
+    steps = []
+    for level in range(structure.levels):
+        last = max(i for i, step in enumerate(structure.encoder) if step.kind == PAIR and step.level == level)
+        down = structure.downsampler(level)
+        steps.append(last if structure.encoder[last].depth or down is None else down)
+    return steps
 
 
 def _fit_lists(control: dict[str, Any], route: Route) -> dict[str, Any]:

@@ -26,9 +26,7 @@ class DeepShrink(Method):
     name: ClassVar[str] = "deep_shrink"
     title: ClassVar[str] = "Deep Shrink"
     summary: ClassVar[str] = "shrinks what enters one encoder block early on"
-    use_when: ClassVar[str] = (
-        "1.5x to 2.5x the native size, where the picture should keep its fine structure"
-    )
+    use_when: ClassVar[str] = "1.5x to 2.5x the native size, where the picture should keep its fine structure"
     source: ClassVar[str] = "kohya-ss, Deep Shrink (Hires.fix)"
 
     strength: float = setting(

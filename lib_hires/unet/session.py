@@ -201,7 +201,7 @@ class Session:
         windows = plan.windows if plan.windows and plan.windows.gate.is_open(self._level) else None
         self._swap(route, windows)
         self.ran[", ".join(filter(None, (route and route.words, self._windows and "windows"))) or "plain"] += 1
-        return None if route is None else (args, fit_residuals(kwargs, route))
+        return None if route is None else (args, fit_residuals(kwargs, route, self.layout.structure))
 
     def _swap(self, route: Route | None, windows: Windows | None) -> None:
         """Install what is wanted now, take back what is not."""

@@ -58,7 +58,7 @@ def test_constant_residuals_stay_constant_at_every_skip(unet, kind, name):
     with Session(unet, [SHRINKING[name]], unets.COMMON) as session:
         unets.call(unet, unets.inputs(kind, (16, 24)), 990.0)
         route = session._route
-    fitted = fit_residuals({**residuals(unet, (16, 24), 1.5), "other": 3}, route)
+    fitted = fit_residuals({**residuals(unet, (16, 24), 1.5), "other": 3}, route, session.layout.structure)
     maps = [*fitted["down_block_additional_residuals"], fitted["mid_block_additional_residual"]]
     assert [tuple(m.shape[-2:]) for m in maps] == [*(way.out for way in route.encoder), route.middle]
     assert all(torch.allclose(m, torch.tensor(1.5), atol=1e-5) for m in maps)
@@ -80,3 +80,22 @@ def test_residuals_of_the_full_size_act_unchanged_where_nothing_is_shrunk(unet, 
     plain = unets.call(unet, values, 10.0, **control)
     with Session(unet, [DeepShrink()], unets.COMMON):
         assert torch.equal(unets.call(unet, values, 10.0, **control), plain)
+
+
+@pytest.mark.parametrize("control_size", [(16, 24), (8, 8)], ids=["full size", "native size"])
+@pytest.mark.parametrize("name", SHRINKING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapters_residuals_are_fitted_where_diffusers_adds_them(unet, kind, name, control_size):
+    levels = [(0, 0), (1, 1), (2, 2), (3, 3)] if kind == "diffusers-sd15" else [(0, 1), (1, 1), (2, 2)]
+    channels = unet.config.block_out_channels
+    generator = torch.Generator().manual_seed(5)
+    given = [
+        torch.randn(1, channels[level], *(max(1, n >> halvings) for n in control_size), generator=generator)
+        for level, halvings in levels
+    ]
+    values = unets.inputs(kind, (16, 24))
+    with Session(unet, [SHRINKING[name]], unets.COMMON) as session:
+        without = unets.call(unet, values, 990.0)
+        with_adapter = unets.call(unet, values, 990.0, down_intrablock_additional_residuals=list(given))
+    assert session._route is None and with_adapter.shape == values["x"].shape
+    assert (with_adapter - without).abs().max() > 1e-2

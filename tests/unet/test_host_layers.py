@@ -72,7 +72,7 @@ def test_control_lists_are_fitted_in_the_order_in_which_they_are_popped():
         route = session._route
     maps = [torch.full((1, 2, 16, 24), float(index)) for index in range(len(route.encoder))]
     control = {"input": maps[::-1], "middle": [torch.ones(1, 2, 16, 24)], "output": [None, *maps[1:]], "other": 5}
-    fitted = fit_residuals({"control": control, "y": 1}, route)
+    fitted = fit_residuals({"control": control, "y": 1}, route, session.layout.structure)
     inputs = fitted["control"]["input"][::-1]
     assert [tuple(each.shape[-2:]) for each in inputs] == [way.out for way in route.encoder]
     assert [each.mean().item() for each in inputs] == pytest.approx([float(index) for index in range(len(maps))])
