@@ -22,24 +22,24 @@ class Network:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
         """The UNet, made on its device from a fixed seed."""
-        options = dict(
-            block_out_channels=self.channels,
-            cross_attention_dim=self.context,
-            norm_num_groups=min(32, self.channels[0] // 2),
-        )
+        options = {
+            "block_out_channels": self.channels,
+            "cross_attention_dim": self.context,
+            "norm_num_groups": min(32, self.channels[0] // 2),
+        }
         if self.layout == "sd15":
-            options |= dict(attention_head_dim=self.head_width)
+            options |= {"attention_head_dim": self.head_width}
         else:
-            options |= dict(
-                down_block_types=(PLAIN, CROSS, CROSS),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=(1, 2, 10),
-                use_linear_projection=True,
-                attention_head_dim=tuple(max(1, width // self.head_width) for width in self.channels),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=1280 + 6 * 256,
-            )
+            options |= {
+                "down_block_types": (PLAIN, CROSS, CROSS),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2, 10),
+                "use_linear_projection": True,
+                "attention_head_dim": tuple(max(1, width // self.head_width) for width in self.channels),
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+            }
         with torch.device(device):
             torch.manual_seed(0)
             return UNet2DConditionModel(**options).to(dtype).eval().requires_grad_(False)
