@@ -8,9 +8,7 @@ Single files are in the original ldm/sgm layout; their keys go through diffusers
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,56 +18,15 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from . import sidecar, structure
+from ..plan.models import trained_size
+from . import folder, sidecar, structure
+from .components import BETAS, Components, tokenizers, vae_dtype
 from .files import CheckpointError, Tensors, open_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "scenes-sd15.safetensors"
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-BETAS = (0.00085, 0.012)
-
-
-@dataclass
-class Components:
-    """A checkpoint's parts, in evaluation mode on `device`.
-
-    `family`: "sd1", "sd2" or "sdxl", from structure; `prediction_type`: "epsilon" or "v_prediction";
-    `native_resolution`: pixels, None where the checkpoint does not tell; `beta_start`, `beta_end`: the ends of the
-    scaled-linear schedule; `dtype`: of the UNet's weights (fp32 on a CPU, whatever was asked for).
-    `tokenizers` and `text_encoders` go in pairs (SDXL has two).
-    """
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    tokenizers: list[CLIPTokenizer]
-    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
-    family: str
-    prediction_type: str
-    scaling_factor: float
-    beta_start: float
-    beta_end: float
-    native_resolution: int | None
-    path: Path
-    device: torch.device
-    dtype: torch.dtype
-    zero_terminal_snr: bool = False
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent (8)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent (4)."""
-        return self.vae.config.latent_channels
-
-    @property
-    def is_inpainting(self) -> bool:
-        """Whether the UNet takes a mask and a masked picture beside the latent."""
-        return self.unet.config.in_channels == 2 * self.latent_channels + 1
 
 
 def load(
@@ -88,8 +45,6 @@ def load(
     if device.type == "cpu" and dtype is torch.float16:
         dtype = torch.float32  # half-precision arithmetic on a CPU is slow and incomplete
     if path.is_dir():
-        from . import folder
-
         return folder.load(path, device, dtype)
     return _load_file(path, device, dtype, config)
 
@@ -111,25 +66,13 @@ def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> 
         scaling_factor=scaling_factor,
         beta_start=BETAS[0] if notes.beta_start is None else float(notes.beta_start),
         beta_end=BETAS[1] if notes.beta_end is None else float(notes.beta_end),
-        native_resolution=_native_resolution(tensors.metadata),
+        native_resolution=trained_size(tensors.metadata),
         path=path,
         device=device,
         dtype=dtype,
         zero_terminal_snr="ztsnr" in tensors,
         metadata=tensors.metadata,
     )
-
-
-def vae_dtype(family: str, dtype: torch.dtype) -> torch.dtype:
-    """SDXL's autoencoder overflows in fp16 (its diffusers config says `force_upcast`)."""
-    return torch.float32 if family == "sdxl" and dtype is torch.float16 else dtype
-
-
-def tokenizers(family: str) -> list[CLIPTokenizer]:
-    """The bundled vocabulary, once per text encoder: OpenAI's CLIP pads with the end token, open_clip with token 0 ('!')."""
-    pads = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[family]
-    files = str(sidecar.CLIP_FOLDER / "vocab.json"), str(sidecar.CLIP_FOLDER / "merges.txt")
-    return [CLIPTokenizer(*files, pad_token=pad, model_max_length=77) for pad in pads]
 
 
 def fill(
@@ -250,12 +193,6 @@ def probe_prediction(unet: UNet2DConditionModel) -> str:
     channels = answer.shape[1]
     likeness = torch.cosine_similarity(noise[:, :channels].flatten().float(), answer.flatten().float(), dim=0)
     return "epsilon" if likeness > 0.5 else "v_prediction"
-
-
-def _native_resolution(metadata: dict[str, str]) -> int | None:
-    """The geometric mean of `modelspec.resolution` ("256x256", "1024"), in pixels."""
-    sides = [int(side) for side in re.findall(r"\d+", metadata.get("modelspec.resolution", ""))[:2]]
-    return round(math.sqrt(sides[0] * sides[-1])) if sides and all(sides) else None
 
 
 def _shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

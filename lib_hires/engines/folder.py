@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from .checkpoint import BETAS, Components, tokenizers, vae_dtype
+from .components import BETAS, Components, tokenizers, vae_dtype
 from .files import CheckpointError
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .checkpoint import Components
+from .components import Components
 
 CHUNK = 75  # tokens between the start and the end token
 

@@ -17,7 +17,8 @@ from ..request import Request
 from ..schedule import Level, NoiseSchedule, scaled_linear
 from ..unet.session import Session
 from . import samplers
-from .checkpoint import Components, load
+from .checkpoint import load
+from .components import Components
 from .pictures import parameters_of, save
 from .standalone import Engine, Job, Result
 

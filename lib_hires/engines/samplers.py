@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import is_scipy_available
 
 from ..config.errors import HiresError, SettingError
-from .checkpoint import Components
+from .components import Components
 
 FEW_STEPS = 10
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..config.errors import HiresError, SettingError
 from . import prompts, samplers
-from .checkpoint import Components
+from .components import Components
 from .memory import peak_memory
 from .prompts import Conditioning
 

@@ -86,7 +86,7 @@ def read_model(
             f"The loaded network is built like {found.title}.",
         )
     default = SD2_V_NATIVE if family.key == "sd2" and v_prediction else family.native
-    return Model(structure, family, common.native_size or _metadata_size(metadata) or default)
+    return Model(structure, family, common.native_size or trained_size(metadata) or default)
 
 
 def family_of(structure: Structure) -> Family:
@@ -98,7 +98,7 @@ def family_of(structure: Structure) -> Family:
     return FAMILIES["sd2" if structure.context_width == 1024 else "sd1"]
 
 
-def _metadata_size(metadata: Mapping[str, str] | None) -> int | None:
-    """Side of the square of equal area, from the ModelSpec key `modelspec.resolution`: "1024x1024"."""
-    found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", str((metadata or {}).get("modelspec.resolution", "")))
-    return round(math.sqrt(int(found[1]) * int(found[2]))) if found and int(found[1]) * int(found[2]) else None
+def trained_size(metadata: Mapping[str, str] | None) -> int | None:
+    """The side of the square of equal area, in pixels, from the ModelSpec key `modelspec.resolution`: "1024x1024", "512"."""
+    found = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str((metadata or {}).get("modelspec.resolution", "")))
+    return round(math.sqrt(int(found[1]) * int(found[2] or found[1]))) or None if found else None

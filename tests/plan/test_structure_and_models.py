@@ -47,7 +47,7 @@ def test_the_native_size_is_the_users_else_the_checkpoints_else_the_familys():
 
 @pytest.mark.parametrize(
     ("text", "native"),
-    [("1024x1024", 1024), (" 1152X896 ", 1016), ("1024", 512), ("0x0", 512), ("", 512), ("axb", 512)],
+    [("1024x1024", 1024), (" 1152X896 ", 1016), ("1024", 1024), ("1024x", 512), ("0x0", 512), ("", 512), ("axb", 512)],
 )
 def test_the_checkpoints_resolution_counts_by_area_and_is_ignored_where_it_is_none(text, native):
     assert read_model(SD1, metadata={"modelspec.resolution": text}).native == native
