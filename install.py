@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     return subprocess.run([str(python), *start, *rest], cwd=ROOT).returncode
 
 
-if len(sys.argv) > 1 and sys.argv[1].startswith("--"):
+if len(sys.argv) > 1:
     sys.exit(main(sys.argv[1:]))
 else:
     install_for_host()

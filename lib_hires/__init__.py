@@ -27,6 +27,9 @@ __all__ = [
     "remove",
 ]
 
+OPTIONS = ("seeds", "schedule", "metadata", "v_prediction", "tokens_owned_by", "record")
+"""Arguments of `patched` beside the common settings: those of `Session`."""
+
 _HOMES = {
     "Common": "config",
     "HiresError": "config",
@@ -45,10 +48,16 @@ def patched(unet: Any, *methods: Any, **options: Any) -> Any:
     options: `native_size`, `family`, `clock` (see `lib_hires.Common`), `seeds` (one for each image), and the other
     arguments of `lib_hires.Session`. Raises `HiresError` with the setting, its value and what is allowed.
     """
-    from .config import Common, schema
+    from difflib import get_close_matches
+
+    from .config import Common, UnknownSetting, schema
     from .unet.session import Session
 
     names = {row.name for row in schema(Common)}
+    allowed = [*names, *OPTIONS]
+    for name in options:
+        if name not in allowed:
+            raise UnknownSetting(name, options[name], "patched()", sorted(allowed), get_close_matches(name, allowed, 1))
     common = Common.from_dict({name: options.pop(name) for name in list(options) if name in names})
     return Session(unet, methods, common, **options)
 

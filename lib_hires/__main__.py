@@ -5,10 +5,14 @@ import sys
 
 def main() -> int:
     """Run the command line; errors that are meant for the user become one line and status 2."""
-    from .cli import run
     from .config.errors import HiresError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a console that cannot show a name must not end the run
     try:
+        from .cli import run
+
         return run(sys.argv[1:])
     except HiresError as error:
         print(error, file=sys.stderr)

@@ -9,13 +9,14 @@ python -m lib_hires methods [--json | --markdown]
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from .config.codecs import format_value, from_argv, table
 from .config.common import Common
-from .config.errors import HiresError, UnknownSetting
+from .config.errors import HiresError, SettingError, UnknownSetting
 from .config.settings import Settings, schema
 from .methods import NONE, methods
 
@@ -82,12 +83,12 @@ def generate(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in JOB_DEFAULTS}
     runner = Runner(quiet=options.quiet)
     jobs = [complete(given, job) for job in read_jobs(options.jobs)] if options.jobs else [complete(given, {})]
-    for number, job in enumerate(jobs, start=1):
-        if options.dry_run:
+    if options.dry_run:
+        for job in jobs:
             print("\n".join(runner.plan(job)))
-            continue
-        if not job["out"]:
-            raise HiresError("'out' is missing: where should the picture go? Add --out FILE.png.")
+        return 0
+    _check_outputs(jobs)
+    for number, job in enumerate(jobs, start=1):
         report = runner.draw(job)
         print(
             f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
@@ -101,36 +102,90 @@ def generate(options: argparse.Namespace) -> int:
 def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     """One job: a line of the jobs file over the flags over a picture's own parameters over the defaults."""
     given = {**flags, **line}
-    for name in given:
-        if name not in JOB_DEFAULTS:
-            raise UnknownSetting(name, given[name], "a job", list(JOB_DEFAULTS), [])
+    given["set"] = {**_settings_of(flags), **_settings_of(line)}
+    _check_kinds(given)
     base = dict(JOB_DEFAULTS)
     if given.get("from_image"):
         from .engines.pictures import job_of_picture
 
         base |= job_of_picture(Path(given["from_image"]))
     job = {**base, **given}
-    own = given.get("set", {})
     kept = base["set"] if job["method"] == base["method"] else {}
-    job["set"] = {**kept, **(own if isinstance(own, dict) else from_argv(own))}
+    job["set"] = {**kept, **given["set"]}
     if not job["prompt"]:
         raise HiresError("'prompt' is missing. Add --prompt TEXT or --from-image FILE.png.")
     return job
 
 
+def _settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The `set` of a job as a dict. Raises `SettingError` for anything else, and for a method in it."""
+    value = given.get("set", {})
+    if isinstance(value, list) and all(isinstance(piece, str) for piece in value):
+        value = from_argv(value)
+    if not isinstance(value, dict):
+        raise SettingError("set", value, "an object of names and values, or a list of 'name=value' texts")
+    if "method" in value:
+        raise SettingError("set", f"method={value['method']}", "settings of the method", "Choose it by 'method'.")
+    return value
+
+
+def _check_kinds(given: dict[str, Any]) -> None:
+    """Raises `UnknownSetting` or `SettingError` for names that a job does not have and texts that are none."""
+    for name, value in given.items():
+        if name not in JOB_DEFAULTS:
+            close = difflib.get_close_matches(name, JOB_DEFAULTS, 1)
+            raise UnknownSetting(name, value, "a job", list(JOB_DEFAULTS), close)
+        default = JOB_DEFAULTS[name]
+        is_text = default is None or isinstance(default, str)
+        if is_text and not isinstance(value, str) and (value is not None or default is not None):
+            raise SettingError(name, value, "a text")
+        if isinstance(value, str):
+            _check_text(name, value)
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SettingError(
+            name, value[:40].encode("ascii", "backslashreplace").decode(), "valid Unicode text"
+        ) from None
+    if "\0" in value:
+        raise SettingError(name, value[:40], "a text without NUL characters")
+
+
+def _check_outputs(jobs: list[dict[str, Any]]) -> None:
+    """Raises `HiresError` where a picture or report would go nowhere, into a folder's name, or over another one."""
+    taken: set[Path] = set()
+    for job in jobs:
+        if not job["out"]:
+            raise HiresError("'out' is missing: where should the picture go? Add --out FILE.png.")
+        for name in ("out", "report"):
+            if not job[name]:
+                continue
+            path = Path(job[name]).absolute()
+            if path.is_dir():
+                raise SettingError(name, job[name], "a file's name", "It is a folder.")
+            if path in taken:
+                raise SettingError(
+                    name, job[name], "a name of its own", "Another picture or report goes there already."
+                )
+            taken.add(path)
+
+
 def read_jobs(path: str) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; blank lines are skipped. Raises `HiresError` naming the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise HiresError(f"the jobs file '{path}' cannot be read: {error.strerror}.") from error
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise HiresError(f"the jobs file '{path}' cannot be read: {error}.") from error
     jobs = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             job = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise HiresError(f"line {number} of '{path}' is not JSON: {error}.") from error
         if not isinstance(job, dict):
             raise HiresError(f"line {number} of '{path}' is not an object. Write {{\"prompt\": ...}}.")

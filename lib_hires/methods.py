@@ -35,7 +35,7 @@ def methods() -> dict[str, type[Method]]:
 
 def find_method(name: str) -> type[Method] | None:
     """The method of a name or title, in any case and with spaces, `-` or `_`; None for 'none'. Raises `SettingError`."""
-    key = _plain(name)
+    key = _plain(name) if isinstance(name, str) else ""
     if key == NONE:
         return None
     known = {_plain(text): cls for cls in methods().values() for text in (cls.name, cls.title)}
@@ -48,4 +48,4 @@ def find_method(name: str) -> type[Method] | None:
 
 
 def _plain(name: str) -> str:
-    return str(name).strip().casefold().replace(" ", "").replace("-", "").replace("_", "")
+    return name.strip().casefold().replace(" ", "").replace("-", "").replace("_", "")

@@ -126,6 +126,84 @@ def test_a_jobs_line_that_is_wrong_is_named(tmp_path):
         engine_job_of(complete({}, {"prompt": "a", "steps": "5"}))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"negative": None}, {"sampler": []}, {"out": 1.5}, {"report": []}, {"checkpoint": 0}, {"set": None}, {"set": [1]},
+        {"set": {"method": "none"}}, {"method": None}, {"prompt": "a\ud800"}, {"prompt": "a\0"}, {"width": "64"}, {"cfg": True},
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_a_sentence_naming_it(line):
+    from lib_hires.engines.runner import engine_job_of
+
+    with pytest.raises(SettingError, match=f"'{next(iter(line))}'"):
+        engine_job_of(complete({"prompt": "a"}, line))
+
+
+def test_a_lines_settings_join_those_of_the_flags():
+    job = complete({"prompt": "a", "method": "hidiffusion", "set": ["t1=0.5", "t2=0.1"]}, {"set": {"t1": 0.7}})
+    assert job["set"] == {"t1": 0.7, "t2": "0.1"}
+
+
+def test_nothing_is_drawn_where_a_picture_could_not_be_written_or_would_be_lost(tmp_path, capsys):
+    jobs = tmp_path / "jobs.jsonl"
+    out = str(tmp_path / "same.png")
+    for lines, word in (
+        ([{"prompt": "a", "out": out}, {"prompt": "b", "out": out}], "name of its own"),
+        ([{"prompt": "a", "out": out, "report": out}], "name of its own"),
+        ([{"prompt": "a", "out": str(tmp_path)}], "folder"),
+        ([{"prompt": "a"}], "'out' is missing"),
+    ):
+        jobs.write_text("\n".join(json.dumps(line) for line in lines))
+        with pytest.raises(HiresError, match=word):
+            run(["generate", "--jobs", str(jobs), *SMALL])
+    assert not (tmp_path / "same.png").exists()
+
+
+def test_a_failed_save_leaves_the_picture_that_was_there(tmp_path):
+    from lib_hires.engines.pictures import whole_file
+
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"whole")
+    for failure in (OSError("disk full"), KeyboardInterrupt()):
+        with pytest.raises((HiresError, KeyboardInterrupt)), whole_file(kept) as part:
+            part.write_bytes(b"ha")
+            raise failure
+    assert kept.read_bytes() == b"whole" and [each.name for each in tmp_path.iterdir()] == ["kept.png"]
+
+
+def picture_saying(path, text):
+    from lib_hires.engines.pictures import save
+
+    save(Image.new("RGB", (8, 8)), path, text)
+    return path
+
+
+@pytest.mark.parametrize("keys", ["Size: 64, Seed: 1", "Size: axb, Seed: 1", "Size: 64x64, Seed: 1e3", "Size: 64x64, Seed: 1, CFG scale: x"])
+def test_broken_parameters_are_named(tmp_path, keys):
+    with pytest.raises(SettingError, match="parameters are broken"):
+        complete({"from_image": str(picture_saying(tmp_path / "p.png", f"a\nSteps: 2, Model: m, {keys}"))}, {})
+
+
+def test_a_webuis_picture_is_repeated_with_its_sampler_and_not_by_another_model(tmp_path):
+    text = "a star\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4, Seed: 1, Size: 64x64, Model: dream"
+    image = str(picture_saying(tmp_path / "p.png", text))
+    assert complete({"from_image": image}, {})["sampler"] == "dpmpp_2m_karras"
+    with pytest.raises(HiresError, match="drawn by the model 'dream'"):
+        run(["generate", "--from-image", image, "--out", str(tmp_path / "q.png"), "--quiet"])
+
+
+def test_running_out_of_memory_is_a_sentence(monkeypatch, out):
+    from lib_hires.engines.standalone import Engine
+
+    def fail(*_args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(Engine, "generate", fail)
+    with pytest.raises(HiresError, match="out of memory at 128x104"):
+        run([*DRAW, "--out", str(out)])
+
+
 def test_drawing_leaves_the_global_generators_alone(out):
     before = torch.get_rng_state()
     run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--sampler", "euler_a", "--out", str(out)])

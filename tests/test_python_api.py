@@ -1,5 +1,9 @@
 """The two verbs on a real diffusers pipeline, and on compiled networks."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
@@ -8,7 +12,7 @@ from support.snapshots import differences, of_tree
 
 import lib_hires
 from lib_hires import DeepShrink, HiDiffusion
-from lib_hires.config import Conflict, UnsupportedModel
+from lib_hires.config import Conflict, HiresError, UnsupportedModel
 from lib_hires.engines import checkpoint
 
 
@@ -113,3 +117,44 @@ def test_a_compiled_network_is_patched_all_the_same_and_says_that_it_runs_uncomp
     assert backend.runs == runs and "torch.compile is bypassed" in session.notes[0]
     compiled(x, 900, **told)
     assert backend.runs > runs
+
+
+def test_a_deep_copy_made_inside_a_session_is_a_clean_network_of_its_own():
+    unet = unets.build("diffusers-sd15")
+    values = unets.inputs("diffusers-sd15", (16, 24))
+    plain = unets.call(unet, values)
+    with lib_hires.patched(unet, HiDiffusion(), native_size=64):
+        inside = unets.call(unet, values)
+        clone = copy.deepcopy(unet)
+        assert torch.equal(unets.call(unet, values), inside)
+    assert torch.equal(unets.call(clone, values), plain)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in clone.modules())
+    clone.conv_in.weight.zero_()
+    assert torch.equal(unets.call(unet, values), plain) and not torch.equal(unets.call(clone, values), plain)
+
+
+def test_a_network_that_is_forgotten_while_patched_can_be_collected():
+    unet = unets.build("diffusers-sd15")
+    seen = weakref.ref(unet)
+    lib_hires.apply(unet, HiDiffusion(), native_size=64)
+    unets.call(unet, unets.inputs("diffusers-sd15", (16, 24)))
+    del unet
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda unet: lib_hires.patched(unet, "hidiffusion"), "settings of methods"),
+        (lambda unet: lib_hires.patched(unet, HiDiffusion), "settings of methods"),
+        (lambda unet: lib_hires.patched(unet, HiDiffusion(), seeds=7), "one for each image"),
+        (lambda unet: lib_hires.patched(unet, HiDiffusion(), native=64), "Did you mean 'native_size'"),
+        (lambda unet: lib_hires.patched(unet, HiDiffusion()).at(timestep=float("nan")), "finite"),
+        (lambda unet: lib_hires.patched(None, HiDiffusion()), "not a UNet"),
+    ],
+)
+def test_wrong_arguments_are_sentences(call, words):
+    with pytest.raises(HiresError, match=words):
+        call(unets.build("diffusers-sd15"))
+    lib_hires.remove(None)

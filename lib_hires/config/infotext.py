@@ -28,12 +28,25 @@ def write_parameters(prompt: str, negative: str, keys: Mapping[str, object]) -> 
 def read_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     """(prompt, negative prompt, keys) of a text block; keys are empty where the last line holds none."""
     *lines, last = text.strip().split("\n")
-    pairs = _PAIR.findall(last)
+    pairs = _pairs(last)
     if len(pairs) < _FEWEST_PAIRS:
         lines, pairs = [*lines, last], []
-    start = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
-    negative = "\n".join(lines[start:])[len(_NEGATIVE):]
+    starts = [index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)]
+    start = starts[-1] if starts else len(lines)
+    negative = "\n".join(lines[start:])[len(_NEGATIVE) :]
     return "\n".join(lines[:start]).strip(), negative.strip(), {key: _unquote(value) for key, value in pairs}
+
+
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """The `key: value` pairs of a line, in one pass over it."""
+    found, place = [], 0
+    while place < len(line):
+        match = _PAIR.match(line, place)
+        if match:
+            found.append(match.groups())
+        comma = line.find(",", place)
+        place = match.end() if match else comma + 1 or len(line)
+    return found
 
 
 def _quote(value: str) -> str:

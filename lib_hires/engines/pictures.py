@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..config.codecs import from_argv
-from ..config.errors import HiresError
+from ..config.errors import HiresError, SettingError
 from ..config.infotext import PNG_KEY, read_parameters, write_parameters
 from ..request import Request
+from . import samplers
 
 _KEYS = {"steps": "Steps", "sampler": "Sampler", "cfg": "CFG scale", "seed": "Seed"}
 
@@ -26,14 +29,26 @@ def parameters_of(job: Mapping[str, Any], request: Request, index: int, model: s
 
 
 def save(picture: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG. Raises `HiresError` where it cannot be written."""
+    """Write a PNG, as a whole or not at all. Raises `HiresError` where it cannot be written."""
     text = PngInfo()
     text.add_text(PNG_KEY, parameters)
+    with whole_file(path) as part:
+        picture.save(part, format="PNG", pnginfo=text)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` after the block; a failure leaves what was there. Raises `HiresError`."""
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="PNG", pnginfo=text)
-    except OSError as error:
+        yield part
+        os.replace(part, path)
+    except (OSError, ValueError) as error:
         raise HiresError(f"'{path}' cannot be written: {error}.") from error
+    finally:
+        with suppress(OSError, ValueError):
+            part.unlink(missing_ok=True)
 
 
 def job_of_picture(path: Path) -> dict[str, Any]:
@@ -41,16 +56,31 @@ def job_of_picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             text = picture.info.get(PNG_KEY, "")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, UnidentifiedImageError) as error:
         raise HiresError(f"'{path}' cannot be read as a picture: {error}.") from error
     prompt, negative, keys = read_parameters(text)
     if "Size" not in keys or "Seed" not in keys:
         raise HiresError(f"'{path}' holds no generation parameters (PNG text '{PNG_KEY}'). Give the flags instead.")
     request = Request.from_infotext(keys)
     width, _, height = keys["Size"].partition("x")
-    job = {"prompt": prompt, "negative": negative, "width": int(width), "height": int(height)}
+    job = {"prompt": prompt, "negative": negative, "model": keys.get("Model", "")}
+    job |= {"width": _number("Size", width, int), "height": _number("Size", height, int)}
     job |= {"method": request.method.name if request.method else "none", "set": from_argv(request.to_argv())}
-    for name, kind in (("steps", int), ("sampler", str), ("cfg", float), ("seed", int)):
+    for name, kind in (("steps", int), ("cfg", float), ("seed", int)):
         if _KEYS[name] in keys:
-            job[name] = kind(keys[_KEYS[name]])
+            job[name] = _number(_KEYS[name], keys[_KEYS[name]], kind)
+    if _KEYS["sampler"] in keys:
+        job["sampler"] = samplers.name_of(keys[_KEYS["sampler"]], keys.get("Schedule type", ""))
     return job
+
+
+def _number(key: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingError(
+            key,
+            text[:40],
+            "a whole number" if kind is int else "a number",
+            "The picture's parameters are broken: give the flags instead.",
+        ) from None

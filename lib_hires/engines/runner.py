@@ -19,7 +19,7 @@ from ..unet.session import Session
 from . import samplers
 from .checkpoint import load
 from .components import Components
-from .pictures import parameters_of, save
+from .pictures import parameters_of, save, whole_file
 from .standalone import Engine, Job, Result
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,15 +57,15 @@ class Runner:
         components, request, session = self._prepare(job)
         engine_job = engine_job_of(job)
         with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
-            result = Engine(components).generate(engine_job, session, on_step or _advance(bar))
+            result = _generate(components, engine_job, session, on_step or _advance(bar))
         texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
         files = [str(name) for name in picture_names(Path(job["out"]), engine_job.batch)]
         for picture, name, text in zip(result.images, files, texts):
             save(picture, Path(name), text)
         report = report_of(components, request, session, engine_job, result) | {"files": files, "infotext": texts[0]}
         if job["report"]:
-            Path(job["report"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(job["report"]).write_text(json.dumps(report, indent=2), encoding="utf-8")
+            with whole_file(Path(job["report"])) as part:
+                part.write_text(json.dumps(report, indent=2), encoding="utf-8")
         return report
 
     def load(self, job: Mapping[str, Any]) -> Components:
@@ -80,7 +80,29 @@ class Runner:
     def _prepare(self, job: Mapping[str, Any]) -> tuple[Components, Request, Session | None]:
         request = Request.from_dict({"method": job["method"], **job["set"]})
         components = self.load(job)
+        _check_model(job, components)
         return components, request, session_for(components, request, engine_job_of(job))
+
+
+def _check_model(job: Mapping[str, Any], components: Components) -> None:
+    """Raises `HiresError` where a picture is to be repeated that another model drew, and none was chosen."""
+    drawn_by = job.get("model") or components.path.stem
+    if job["checkpoint"] is None and drawn_by != components.path.stem:
+        raise HiresError(
+            f"'from_image' was drawn by the model '{drawn_by}'. Add --checkpoint FILE, its own or another."
+        )
+
+
+def _generate(components: Components, job: Job, session: Session | None, on_step: Callable[[int, int], None]) -> Result:
+    """`Engine.generate`, with a sentence for the likeliest failure of all."""
+    try:
+        return Engine(components).generate(job, session, on_step)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise HiresError(
+            f"out of memory at {job.width}x{job.height}, batch of {job.batch}. Lower 'batch', 'width' or 'height'."
+        ) from error
 
 
 def session_for(components: Components, request: Request, job: Job) -> Session | None:

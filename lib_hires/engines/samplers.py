@@ -117,6 +117,15 @@ def make(name: str, components: Components, steps: int) -> Run:
     return _set(scheduler, sampler, steps)
 
 
+def name_of(title: str, schedule: str = "") -> str:
+    """Our name of a sampler as a WebUI writes it: ("DPM++ 2M", "Karras") is "dpmpp_2m_karras"; others stay as they are."""
+    plain = "_".join(title.lower().replace("++", "pp").split())
+    for name in (f"{plain}_{schedule.lower()}", plain):
+        if name in SAMPLERS:
+            return name
+    return title
+
+
 def _named(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise SettingError("sampler", name, "one of " + ", ".join(SAMPLERS))

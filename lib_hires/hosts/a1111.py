@@ -31,8 +31,10 @@ _SAMPLER_FUNCTIONS = ("sample", "sample_img2img")
 
 def detect() -> bool:
     """Whether this is A1111 or built like it: its own denoiser module, and none of the Forge family's backends."""
-    return _exists("modules.sd_samplers_cfg_denoiser") and _exists("modules.sd_hijack_unet") and not (
-        _exists("modules_forge") or _exists("ldm_patched")
+    return (
+        _exists("modules.sd_samplers_cfg_denoiser")
+        and _exists("modules.sd_hijack_unet")
+        and not (_exists("modules_forge") or _exists("ldm_patched"))
     )
 
 
@@ -126,8 +128,10 @@ def _wants(request: Request, p: Any, width: int, height: int) -> bool:
 
 def _why_nothing(job: Job) -> str:
     if not job.passes_seen:
-        return ("nothing was changed: the script that drew this does its own sampling, "
-                "which does not tell extensions when it starts.")
+        return (
+            "nothing was changed: the script that drew this does its own sampling, "
+            "which does not tell extensions when it starts."
+        )
     common = job.request.common
     if common.passes == ABOVE:
         return f"nothing was changed: no pass reached 'threshold', {common.threshold:g} megapixels."
@@ -209,8 +213,10 @@ class Run:
                 self.close_session()
                 self._open_session()
             self.session.at(
-                **_level(params.denoiser, params.sigma), rows=_rows(params.denoiser, params.x.shape[0]),
-                step=params.denoiser.step, steps=params.denoiser.total_steps,
+                **_level(params.denoiser, params.sigma),
+                rows=_rows(params.denoiser, params.x.shape[0]),
+                step=params.denoiser.step,
+                steps=params.denoiser.total_steps,
             )
         except Exception as error:
             raise _Abort(error) from error
@@ -226,9 +232,14 @@ class Run:
         model = shared.sd_model
         unet, checkpoint = _current_model()
         self.session = Session(
-            unet, [self.request.method], self.request.common, seeds=self.p.seeds,
-            schedule=NoiseSchedule(model.alphas_cumprod.tolist()), metadata=checkpoint.metadata,
-            v_prediction=getattr(model, "parameterization", "eps") == "v", tokens_owned_by=_tokens_owner(self.p),
+            unet,
+            [self.request.method],
+            self.request.common,
+            seeds=self.p.seeds,
+            schedule=NoiseSchedule(model.alphas_cumprod.tolist()),
+            metadata=checkpoint.metadata,
+            v_prediction=getattr(model, "parameterization", "eps") == "v",
+            tokens_owned_by=_tokens_owner(self.p),
         ).open()
         self._made_for = unet, checkpoint
 

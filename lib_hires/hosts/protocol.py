@@ -71,9 +71,9 @@ class UnknownHost:
             fail_when_sampled(p, error)
             return
         if wanted:
-            fail_when_sampled(p, HiresError(
-                "this WebUI is not one that it can work in; AUTOMATIC1111 1.10 is. Switch Hires Lab off."
-            ))
+            fail_when_sampled(
+                p, HiresError("this WebUI is not one that it can work in; AUTOMATIC1111 1.10 is. Switch Hires Lab off.")
+            )
 
     def before_sampling(self, p: Any, x: Any) -> None:
         """Nothing to do."""
@@ -95,6 +95,7 @@ def find_host() -> Host:
 
 def fail_when_sampled(p: Any, error: HiresError) -> None:
     """Make the job fail with `error`: raised where the host draws, because it swallows what its hooks raise."""
+
     def sample(*_args: Any, **_kwargs: Any) -> Any:
         raise error
 

@@ -7,16 +7,18 @@ two-evaluation samplers, img2img and other sizes in between all come out right.
 
 from __future__ import annotations
 
-import weakref
+import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config.common import Common
-from ..config.errors import Conflict, HiresError
+from ..config.errors import Conflict, HiresError, SettingError
 from ..plan.method import Method, UNetPlan, Windows
 from ..plan.models import Model, read_model
 from ..plan.route import Route, Size, find_route
@@ -28,7 +30,8 @@ from .layout import Layout, read_layout
 from .patches import UndoLog
 from .window_attention import SHIFTS, install_windows
 
-_open_sessions: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
+_STACK = "_hires_lab_sessions"
+"""The attribute of a UNet that holds its open sessions, the innermost last; there only while one is open."""
 _KEYS_A_TIMESTEP = 16
 """Noise levels are told apart to this part of a timestep when a shift is drawn."""
 
@@ -60,6 +63,7 @@ class Session:
         tokens_owned_by: str | None = None,
         record: Record | None = None,
     ):
+        _check_arguments(methods, seeds)
         self.unet = unet
         self.layout: Layout = read_layout(unet)
         self.methods, self.common = tuple(methods), common or Common()
@@ -88,7 +92,7 @@ class Session:
         """Install. Raises `HiresError` if it is open already."""
         if self.is_open:
             raise HiresError("this session is open already. Close it, or make another one.")
-        stack = _open_sessions.setdefault(self.unet, [])
+        stack = vars(self.unet).setdefault(_STACK, [])
         if stack:
             stack[-1]._suspend()
         stack.append(self)
@@ -105,13 +109,15 @@ class Session:
         if not self.is_open:
             return
         self.is_open = False
-        stack = _open_sessions.get(self.unet, [])
+        stack = vars(self.unet).get(_STACK, [])
         was_on_top = bool(stack) and stack[-1] is self
         try:
             self._suspend()
         finally:
             if self in stack:
                 stack.remove(self)
+            if not stack:
+                vars(self.unet).pop(_STACK, None)
             if was_on_top and stack:
                 stack[-1]._resume()
 
@@ -123,6 +129,7 @@ class Session:
 
     def _resume(self) -> None:
         self._root_log = UndoLog()
+        self._root_log.set(self.unet, "__deepcopy__", self._copy_unpatched)
         self._bypass_compilation()
         self._root_log.hook(self.unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
 
@@ -135,6 +142,16 @@ class Session:
                 self._route_log.undo()
             finally:
                 self._root_log.undo()
+
+    def _copy_unpatched(self, memo: dict) -> nn.Module:
+        """A deep copy of the UNet as it is without us: our overrides would go on using the original's modules."""
+        self._suspend()
+        stack = vars(self.unet).pop(_STACK)
+        try:
+            return copy.deepcopy(self.unet, memo)
+        finally:
+            setattr(self.unet, _STACK, stack)
+            self._resume()
 
     def _bypass_compilation(self) -> None:
         """A compiled graph does not see patches (Dynamo ignores later hooks): run the network itself while it is patched."""
@@ -171,6 +188,8 @@ class Session:
         """
         if timestep is None and sigma is None:
             raise HiresError("session.at() needs a timestep or a sigma. Pass one.")
+        if not math.isfinite(timestep if sigma is None else sigma):
+            raise HiresError(f"session.at() was given {timestep if sigma is None else sigma}. Pass a finite number.")
         timestep = self.schedule.timestep(float(sigma)) if timestep is None else float(timestep)
         self._told = Level(self.schedule.progress(timestep), step, steps)
         self._rows, self._cursor = tuple(rows), 0
@@ -262,7 +281,7 @@ class Session:
 
 def sessions_on(unet: nn.Module) -> list[Session]:
     """The open sessions on a UNet, the innermost first."""
-    return list(reversed(_open_sessions.get(unet, [])))
+    return list(reversed(vars(unet).get(_STACK, []))) if isinstance(unet, nn.Module) else []
 
 
 def combine(plans: Any) -> UNetPlan:
@@ -277,6 +296,14 @@ def combine(plans: Any) -> UNetPlan:
             raise Conflict("window attention is asked for twice. Switch 'window_attention' off in one of the methods.")
         total = total + plan
     return total
+
+
+def _check_arguments(methods: Any, seeds: Any) -> None:
+    """Raises `SettingError` for what is no sequence of methods' settings or of seeds."""
+    if isinstance(methods, str) or not all(isinstance(method, Method) for method in methods):
+        raise SettingError("methods", methods, "settings of methods", "Pass objects such as HiDiffusion().")
+    if isinstance(seeds, (str, int)) or seeds is None or not all(isinstance(seed, Integral) for seed in seeds):
+        raise SettingError("seeds", seeds, "a list of whole numbers, one for each image", "Write seeds=[7].")
 
 
 def _first_two(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Any]:

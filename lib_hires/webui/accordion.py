@@ -75,7 +75,9 @@ def _fill(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
         chosen = find_method(title)
         return [_about(title), *(gr.update(visible=bool(chosen) and name == chosen.name) for name, _ in groups)]
 
-    made[METHOD].change(show, [made[METHOD]], [about, *(group for _, group in groups)], show_progress=False, queue=False)
+    made[METHOD].change(
+        show, [made[METHOD]], [about, *(group for _, group in groups)], show_progress=False, queue=False
+    )
 
 
 def _about(title: str) -> str:

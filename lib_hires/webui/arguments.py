@@ -1,8 +1,8 @@
 """The controls in their order, and what a WebUI or its API passes for them, as a request. No gradio, no host.
 
-    positional   [enabled, method, each common setting, each setting of the first method, of the second, ...]
-    named        [{"method": "hidiffusion", "strength": 1.2}]          what follows the dict is ignored
-    override     {"method": "deep_shrink", "deep_shrink.stop2": 0.4}   an XYZ cell's values, by the controls' keys
+positional   [enabled, method, each common setting, each setting of the first method, of the second, ...]
+named        [{"method": "hidiffusion", "strength": 1.2}]          what follows the dict is ignored
+override     {"method": "deep_shrink", "deep_shrink.stop2": 0.4}   an XYZ cell's values, by the controls' keys
 """
 
 from __future__ import annotations
@@ -45,7 +45,18 @@ def controls() -> tuple[Control, ...]:
     usual = "HiDiffusion" if "HiDiffusion" in titles else first
     top = (
         Control(ENABLED, "", Setting(ENABLED, bool, False, "Enable Hires Lab", "Draw by the method below.")),
-        Control(METHOD, "", Setting(METHOD, str, usual, "Method", "How the picture is kept coherent above the size that the model was trained at.", choices=titles)),
+        Control(
+            METHOD,
+            "",
+            Setting(
+                METHOD,
+                str,
+                usual,
+                "Method",
+                "How the picture is kept coherent above the size that the model was trained at.",
+                choices=titles,
+            ),
+        ),
     )
     owners = ((COMMON, Common), *methods().items())
     return top + tuple(Control(f"{owner}.{row.name}", owner, row) for owner, cls in owners for row in schema(cls))

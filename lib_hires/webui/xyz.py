@@ -37,13 +37,17 @@ def _axis(grid: Any, control: Control, attribute: str) -> Any:
         choices = ["True", "False"]
     kind = row.kind if row.kind in (int, float) else str
     return grid.AxisOption(
-        PREFIX + row.label, kind, set_value(attribute, control), confirm=confirm_values(control),
+        PREFIX + row.label,
+        kind,
+        set_value(attribute, control),
+        confirm=confirm_values(control),
         choices=(lambda: choices) if choices else None,
     )
 
 
 def set_value(attribute: str, control: Control) -> Callable[[Any, Any, Any], None]:
     """An axis' `apply`. Cells are shallow copies of one `p`, so the dict is replaced, never changed."""
+
     def apply(p: Any, value: Any, _all_values: Any) -> None:
         setattr(p, attribute, {**(getattr(p, attribute, None) or {}), control.key: value})
 
@@ -52,6 +56,7 @@ def set_value(attribute: str, control: Control) -> Callable[[Any, Any, Any], Non
 
 def confirm_values(control: Control) -> Callable[[Any, list], None]:
     """An axis' `confirm`: raises our sentence for a wrong value before the first cell is drawn."""
+
     def confirm(_p: Any, values: list) -> None:
         for value in values:
             try:

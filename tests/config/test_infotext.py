@@ -50,3 +50,13 @@ def test_a_text_that_the_webui_wrote_is_read():
     assert (
         found["Lora hashes"] == "x: 12, y: 34" and found["HL Method"] == "HiDiffusion" and found["Size"] == "1024x768"
     )
+
+
+def test_a_long_line_without_keys_is_read_in_one_pass():
+    text = "x\n" + "a" * 200_000
+    assert read_parameters(text) == (text, "", {})
+
+
+def test_the_last_negative_prompt_counts():
+    text = write_parameters("a\nNegative prompt: b", "c", {"Steps": 2, "Seed": 1, "Size": "8x8"})
+    assert read_parameters(text)[:2] == ("a\nNegative prompt: b", "c")
