@@ -349,7 +349,7 @@ def test_patched_takes_the_common_settings_by_name_and_refuses_other_names():
     unet = unets.build("ldm-sdxl")
     with lib_hires.patched(unet, HiDiffusion(), family="sdxl_turbo", clock="step fraction") as opened:
         assert (opened.common.family, opened.common.clock, opened.model.native) == ("sdxl_turbo", "step fraction", 512)
-    with pytest.raises(SettingError, match="'natve_size'.*Did you mean 'native_size'"):
+    with pytest.raises(SettingError, match=r"'natve_size'.*Did you mean 'native_size'"):
         lib_hires.patched(unet, HiDiffusion(), natve_size=512)
     with pytest.raises(SettingError, match="'native_size' is -8"):
         lib_hires.patched(unet, HiDiffusion(), native_size=-8)
