@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import HiresError
-from .settings import Settings, schema
+from .settings import AUTO, Setting, Settings, schema
 
 
 def format_value(value: Any) -> str:
@@ -18,6 +18,11 @@ def format_value(value: Any) -> str:
         return str(value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def format_default(row: Setting) -> str:
+    """A setting's default as tables show it: `auto` where the plan chooses."""
+    return "auto" if row.auto and row.default == AUTO else format_value(row.default)
 
 
 def to_infotext(settings: Settings) -> dict[str, str]:
@@ -55,6 +60,5 @@ def table(cls: type[Settings]) -> str:
     """The schema as a Markdown table, for the documentation."""
     lines = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
     for row in schema(cls):
-        default = "auto" if row.auto and row.default == -1 else format_value(row.default)
-        lines.append(f"| `{row.name}` | {default} | {row.allowed} | {row.help} |")
+        lines.append(f"| `{row.name}` | {format_default(row)} | {row.allowed} | {row.help} |")
     return "\n".join(lines)

@@ -36,8 +36,7 @@ class Runner:
 
     def plan(self, job: Mapping[str, Any]) -> list[str]:
         """What drawing a job would do, in words. Raises `HiresError` as drawing would."""
-        components, request, session = self._prepare(job)
-        engine_job = engine_job_of(job)
+        components, request, engine_job, session = self._prepare(job)
         Engine(components).check(engine_job)
         size = (engine_job.height // components.factor, engine_job.width // components.factor)
         run = samplers.make(engine_job.sampler, components, engine_job.steps)
@@ -54,8 +53,7 @@ class Runner:
 
         `on_step(done, steps)` is called after each step; without it a progress bar is shown unless `quiet`.
         """
-        components, request, session = self._prepare(job)
-        engine_job = engine_job_of(job)
+        components, request, engine_job, session = self._prepare(job)
         with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
             result = _generate(components, engine_job, session, on_step or _advance(bar))
         texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
@@ -77,11 +75,12 @@ class Runner:
             self._loaded = (key, load(job["checkpoint"], device=device, dtype=dtype))
         return self._loaded[1]
 
-    def _prepare(self, job: Mapping[str, Any]) -> tuple[Components, Request, Session | None]:
+    def _prepare(self, job: Mapping[str, Any]) -> tuple[Components, Request, Job, Session | None]:
         request = Request.from_dict({"method": job["method"], **job["set"]})
         components = self.load(job)
         _check_model(job, components)
-        return components, request, session_for(components, request, engine_job_of(job))
+        engine_job = engine_job_of(job)
+        return components, request, engine_job, session_for(components, request, engine_job)
 
 
 def _check_model(job: Mapping[str, Any], components: Components) -> None:

@@ -48,7 +48,6 @@ class Layout:
     structure: Structure
     encoder: tuple[EncoderModules, ...]
     decoder: tuple[DecoderModules, ...]
-    middle_transformer: nn.Module | None = None
 
     def transformers(self, level: int) -> list[nn.Module]:
         """The spatial transformers of a level, encoder first, each with its `transformer_blocks`."""
@@ -98,7 +97,6 @@ def _read_ldm(unet: nn.Module) -> Layout:
         decoder_steps.append(DecoderStep(level, _depth(transformer), upsample is not None))
         decoder_modules.append(DecoderModules(layers[0], layers[-1 if upsample is None else -2], upsample, transformer))
         level -= upsample is not None
-    middle = next((layer for layer in unet.middle_block if _is_transformer(layer)), None)
     structure = Structure(
         tuple(steps),
         tuple(decoder_steps),
@@ -106,7 +104,7 @@ def _read_ldm(unet: nn.Module) -> Layout:
         _context_width(unet),
         _input_width(getattr(unet, "label_emb", None)),
     )
-    return _checked(Layout(unet, LDM, structure, tuple(modules), tuple(decoder_modules), middle))
+    return _checked(Layout(unet, LDM, structure, tuple(modules), tuple(decoder_modules)))
 
 
 # The diffusers form -------------------------------------------------------------------------------------------------
@@ -132,10 +130,9 @@ def _read_diffusers(unet: nn.Module) -> Layout:
             last = resnet if transformer is None else transformer
             decoder_modules.append(DecoderModules(resnet, last, upsample, transformer))
         level -= bool(upsamplers)
-    middle = next(iter(getattr(unet.mid_block, "attentions", None) or ()), None) if unet.mid_block is not None else None
     vector = _input_width(getattr(unet, "add_embedding", None))
     structure = Structure(tuple(steps), tuple(decoder_steps), unet.conv_in.in_channels, _context_width(unet), vector)
-    return _checked(Layout(unet, DIFFUSERS, structure, tuple(modules), tuple(decoder_modules), middle))
+    return _checked(Layout(unet, DIFFUSERS, structure, tuple(modules), tuple(decoder_modules)))
 
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:

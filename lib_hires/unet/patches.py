@@ -49,7 +49,6 @@ class UndoLog:
         def override(*args: Any, **kwargs: Any) -> Any:
             return ours(*args, **kwargs) if self.active else previous(*args, **kwargs)
 
-        override.hires_lab = True
         self.set(module, name, override)
 
     def hook(self, handle: Any) -> None:

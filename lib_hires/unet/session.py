@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -259,17 +259,18 @@ class Session:
             return (0,) * rows
         timestep = (1 - self._level.progress) * (len(self.schedule) - 1)
         key = round(timestep * _KEYS_A_TIMESTEP) / _KEYS_A_TIMESTEP
-        seeds = (
-            self._seeds_now if len(self._seeds_now) == rows else [self.seeds[r % len(self.seeds)] for r in range(rows)]
-        )
+        seeds = self._seeds_now if len(self._seeds_now) == rows else self._seeds_in_turn(range(rows))
         return tuple(self._shifts.integer(SHIFTS, seed, key, layer) for seed in seeds)
 
     def _seeds_of(self, rows: int) -> tuple[int, ...]:
         told = self._rows[self._cursor : self._cursor + rows]
         if len(told) == rows:
             self._cursor += rows
-            return tuple(self.seeds[image % len(self.seeds)] for image in told)
-        return tuple(self.seeds[row % len(self.seeds)] for row in range(rows))
+            return self._seeds_in_turn(told)
+        return self._seeds_in_turn(range(rows))
+
+    def _seeds_in_turn(self, images: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self.seeds[image % len(self.seeds)] for image in images)
 
     def _windows_passed_by(self, why: str) -> None:
         self._note(f"Window attention is off in a layer: {why}.")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..config.codecs import format_value
+from ..config.codecs import format_default
 from ..config.common import Common
 from ..config.errors import SettingError
-from ..config.settings import AUTO, Setting, schema
+from ..config.settings import Setting, schema
 from ..hosts.protocol import Asked
 from ..methods import NONE, find_method, methods
 from ..request import Request
@@ -72,9 +72,8 @@ def describe_arguments() -> str:
     lines = ["| position | setting | of | default | allowed |", "|---|---|---|---|---|"]
     for position, control in enumerate(controls()):
         row = control.setting
-        default = "auto" if row.auto and row.default == AUTO else format_value(row.default)
         owner = methods()[control.owner].title if control.owner in methods() else control.owner or "the script"
-        lines.append(f"| {position} | `{row.name}` | {owner} | {default} | {row.allowed} |")
+        lines.append(f"| {position} | `{row.name}` | {owner} | {format_default(row)} | {row.allowed} |")
     return "\n".join(lines)
 
 
