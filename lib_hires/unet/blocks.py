@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ..config.errors import UnsupportedModel
+from ..patches import UndoLog
 from ..plan.route import Route
 from .layout import Layout, strided_convolutions
-from .patches import UndoLog
 from .raunet import DILATED, dilated_conv, pool, resize
 
 

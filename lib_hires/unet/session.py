@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config.common import Common
 from ..config.errors import Conflict, HiresError, SettingError
+from ..patches import UndoLog
 from ..plan.method import Method, UNetPlan, Windows
 from ..plan.models import Model, read_model
 from ..plan.route import Route, Size, find_route
@@ -27,7 +28,6 @@ from ..schedule import Level, NoiseSchedule
 from .blocks import install_route
 from .control import fit_residuals
 from .layout import Layout, read_layout
-from .patches import UndoLog
 from .window_attention import SHIFTS, install_windows
 
 _STACK = "_hires_lab_sessions"

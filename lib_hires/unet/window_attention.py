@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..patches import UndoLog
 from .layout import Layout
-from .patches import UndoLog
 
 GRID = 2
 SHIFTS = 4

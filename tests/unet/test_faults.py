@@ -9,8 +9,8 @@ from support import snapshots, unets
 from torch import nn
 
 from lib_hires import DeepShrink, HiDiffusion, Session
+from lib_hires.patches import UndoLog
 from lib_hires.unet.layout import read_layout
-from lib_hires.unet.patches import UndoLog
 from lib_hires.unet.session import sessions_on
 
 EVERYTHING = HiDiffusion(t1=1, t2=1, aggressive="off")

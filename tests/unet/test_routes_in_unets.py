@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from lib_hires import DeepShrink, HiDiffusion, Session
 from lib_hires.config import UnsupportedModel
+from lib_hires.patches import UndoLog
 from lib_hires.plan.route import Dilate, Pool, Shrink, find_route
 from lib_hires.schedule import Gate, Level
 from lib_hires.unet.blocks import install_route
 from lib_hires.unet.layout import read_layout
-from lib_hires.unet.patches import UndoLog
 
 OPEN, START = Gate(1.0), Level(0.0)
 SIZES = [(16, 16), (15, 17), (21, 13), (13, 30), (33, 12)]

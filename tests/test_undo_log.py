@@ -5,7 +5,7 @@ import torch
 from support import snapshots
 from torch import nn
 
-from lib_hires.unet.patches import UndoLog
+from lib_hires.patches import UndoLog
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 
