@@ -9,9 +9,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
-Record = Mapping[tuple, int] | Callable[..., int | None]
-"""What was drawn once: a mapping from (seed, *place), or a function of them that may answer None for "draw"."""
+Record = Mapping[tuple, Any] | Callable[..., Any]
+"""What was drawn once: a mapping from (seed, *place), or a function of them that may answer None for "draw".
+
+The answers are whole numbers or tensors, whatever the purpose draws.
+"""
+Records = Mapping[str, Record]
+"""A record for each purpose; a purpose that is absent is drawn."""
+
+PURPOSES = {
+    "window shift": "(seed, timestep, layer) -> k, the shift of MSW-MSA's windows",
+    "initial noise": "(seed, stage) -> (C, h, w) unit noise that the first stage starts from; stage is 0",
+    "stage noise": "(seed, stage) -> (C, h, w) unit noise of a later stage, counted from 1",
+    "view jitter": "(seed, stage, timestep, view, axis) -> latents that a view moves by; axis 'across', then 'down'",
+    "window interaction": "(seed, stage, timestep, group) -> (k, C or 1, h, w) whole numbers: grid that each grid reads",
+    "window prompts": "(seed, stage, view, axis) -> moves of the views that keep their place for a stage",
+}
+"""Every purpose that numbers are drawn for, with its key and what is drawn."""
 
 
 class Stream:
@@ -20,6 +36,10 @@ class Stream:
     def __init__(self, purpose: str, record: Record | None = None):
         self.purpose = purpose
         self._recorded = record if callable(record) else lambda *key: (record or {}).get(key)
+
+    def recorded(self, seed: int, *place: object) -> Any:
+        """What the record holds for this seed and place, or None."""
+        return self._recorded(seed, *place)
 
     def bits(self, seed: int, *place: object) -> int:
         """64 bits for this seed and place."""

@@ -16,6 +16,7 @@ from .config.common import NOISE_LEVEL, STEP_FRACTION
 from .config.errors import HiresError
 
 TRAINED_STEPS = 1000
+_KEYS_A_TIMESTEP = 16
 
 
 def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = TRAINED_STEPS) -> list[float]:
@@ -62,6 +63,12 @@ class NoiseSchedule:
         high = min(low + 1, len(table) - 1)
         share = timestep - low
         return math.exp(table[low] if share == 0 else table[low] * (1 - share) + table[high] * share)
+
+    def moment(self, *, timestep: float | None = None, sigma: float | None = None) -> Moment:
+        """The moment of a timestep or of a sigma."""
+        if timestep is None:
+            return Moment(self.timestep(sigma), sigma)
+        return Moment(timestep, self.sigma(timestep))
 
     def progress(self, timestep: float) -> float:
         """1 - t/(T-1)."""
@@ -125,3 +132,21 @@ def steps_of(level: Level) -> tuple[int, int]:
             f"Call session.at(step=..., steps=...) before each UNet call, or set clock to '{NOISE_LEVEL}'."
         )
     return level.step, level.steps
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where one denoiser call is: its timestep (0..999, fractional) and sigma. One for all images of a batch."""
+
+    timestep: float
+    sigma: float
+
+    @property
+    def key(self) -> float:
+        """The timestep to 1/16, for draws: what is drawn for a noise level does not hang on a call's last bits."""
+        return round(self.timestep * _KEYS_A_TIMESTEP) / _KEYS_A_TIMESTEP
+
+    @property
+    def cosine(self) -> float:
+        """c = (1 + cos(pi (1000 - t) / 1000)) / 2: 1 at pure noise, 0 at the clean end (DemoFusion, section 3.2)."""
+        return 0.5 * (1 + math.cos(math.pi * (TRAINED_STEPS - self.timestep) / TRAINED_STEPS))

@@ -1,0 +1,1 @@
+"""The canvas: a denoiser over views of a large latent, and what each view is told."""

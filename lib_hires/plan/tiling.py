@@ -1,0 +1,169 @@
+"""Where views lie on a canvas, as plain numbers; what a canvas does to latents of one size.
+
+A view is a window of the model's native size on a larger latent. Along one axis of length L, views of length w start every
+`stride` latents; the last one is moved back so that it ends at L (the published code of MultiDiffusion leaves what is
+left over uncovered). With jitter every view moves by a seeded draw, edge views only as far as the canvas reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .route import Size
+
+UNIFORM, GAUSSIAN = "uniform", "gaussian"
+INSIDE, ZEROS = "inside", "zeros"
+NO_SHUFFLE, BY_POSITION, BY_CHANNEL = "none", "position", "channel"
+
+
+def starts(length: int, window: int, stride: int, wrap: bool = False) -> tuple[int, ...]:
+    """Starts of the views along one axis: every latent is in at least one.
+
+    One view where the axis is no longer than the window. `wrap`: the axis is a circle, views are spread evenly over it.
+    """
+    if length <= window:
+        return (0,)
+    if wrap:
+        count = math.ceil(length / stride)
+        return tuple(index * length // count for index in range(count))
+    count = math.ceil((length - window) / stride) + 1
+    return tuple(min(index * stride, length - window) for index in range(count))
+
+
+@dataclass(frozen=True)
+class Local:
+    """Overlapping views of `window` (height, width) latents, every `stride` (down, across) latents.
+
+    weights: of a view's latents in the mean, `uniform` or `gaussian` (std `spread` of the view's side, not below `floor` of
+    its peak). wrap: (top to bottom, left to right). jitter: each view moves by up to so many latents, in steps of
+    `jitter_unit`, drawn anew at each noise level, or once a stage where `jitter_once`. edge: what an edge view meets that
+    moves outwards: it stays `inside`, or sees `zeros` as published. prompts: each view has a prompt of its own.
+    """
+
+    window: Size
+    stride: Size
+    weights: str = UNIFORM
+    spread: float = 0.1
+    floor: float = 1e-4
+    wrap: tuple[bool, bool] = (False, False)
+    jitter: int = 0
+    jitter_unit: int = 1
+    jitter_once: bool = False
+    edge: str = INSIDE
+
+    def views(self, size: Size) -> tuple[tuple[int, int], ...]:
+        """(top, left) of every view on a canvas of `size`, without jitter, row by row."""
+        tops, lefts = (starts(size[a], self.window[a], self.stride[a], self.wrap[a]) for a in (0, 1))
+        return tuple((top, left) for top in tops for left in lefts)
+
+    def view_size(self, size: Size) -> Size:
+        """Height and width of the views on a canvas of `size`: the window, or the canvas where that is smaller."""
+        return min(self.window[0], size[0]), min(self.window[1], size[1])
+
+
+@dataclass(frozen=True)
+class Dilated:
+    """Dilated sampling (DemoFusion, section 3.4): every s-th latent down and across, s x s grids that cover the canvas.
+
+    filter_sigma: of the Gaussian filter of 2s-1 latents that a grid's values come from, times the falling share c3.
+    shuffle: window interaction (AccDiffusion, section 3.3): grids exchange latents by a seeded bijection at each position,
+    shared by the channels (the paper's) or for each channel (the published code's). group: at most so many grids exchange.
+    """
+
+    dilation: int
+    filter_sigma: float = 1.0
+    shuffle: str = NO_SHUFFLE
+    group: int = 0
+
+    def grid_size(self, size: Size) -> Size:
+        """Height and width of each grid."""
+        return -(-size[0] // self.dilation), -(-size[1] // self.dilation)
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Exponents of c = (1 + cos(pi (1000 - t) / 1000)) / 2: skip residual, share of dilated sampling, filter width."""
+
+    skip: float = 3.0
+    dilated: float = 1.0
+    filter: float = 1.0
+
+
+@dataclass(frozen=True)
+class CanvasPlan:
+    """How one prediction on a canvas is made of the UNet's predictions.
+
+    skip_residual: pull the sampler's state to the noised result of the stage before. guidance: of local views, relative to
+    the sampler's; 1 is the same. tile_batch: UNet rows a call hold at most so many views (0: as memory allows).
+    published: replay the published code's choices where ours differ (see docs/canvas.md).
+    """
+
+    local: Local | None = None
+    dilated: Dilated | None = None
+    skip_residual: bool = False
+    cosines: Cosines = Cosines()
+    guidance: float = 0.0
+    tile_batch: int = 0
+    window_prompts: float | None = None
+    edges: float = 0.0
+    published: bool = False
+
+    def evaluations(self, size: Size) -> int:
+        """UNet evaluations (of one view, for all rows) of one denoiser call on a canvas of `size`."""
+        local = len(self.local.views(size)) if self.local else 0
+        return (local + (self.dilated.dilation**2 if self.dilated else 0)) or 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One sampling run at one size (height, width in latents).
+
+    scale: of this stage over the first one. strength: the share of the sampler's steps that is run (1: all of them); the
+    first stage always runs all. canvas: None for plain sampling.
+    """
+
+    size: Size
+    scale: float = 1.0
+    strength: float = 1.0
+    canvas: CanvasPlan | None = None
+
+    def evaluations(self) -> int:
+        """UNet evaluations of one denoiser call."""
+        return self.canvas.evaluations(self.size) if self.canvas else 1
+
+
+def nearest_factor(ratio: float) -> int:
+    """The whole number s >= 1 that is nearest to `ratio` by proportion: 1 below sqrt(2), 2 below sqrt(6), ..."""
+    lower = max(1, math.floor(ratio))
+    return lower + 1 if ratio / lower > (lower + 1) / ratio else lower
+
+
+def stage_scales(ratio: float, max_step: float) -> tuple[float, ...]:
+    """Scales of the stages after the first one, up to `ratio`, in steps of at most `max_step`, whole where they can be."""
+    count = max(1, math.ceil(math.log(ratio) / math.log(max_step) - 1e-6))
+    scales: list[float] = []
+    for index in range(1, count):
+        even = ratio ** (index / count)
+        whole, last = float(round(even)), scales[-1] if scales else 1.0
+        fits = last < whole <= last * max_step and whole < ratio <= whole * max_step ** (count - index)
+        scales.append(whole if fits else even)
+    return (*scales, ratio)
+
+
+def first_size(size: Size, native: int) -> tuple[Size, float]:
+    """(latents of the first stage, scale of `size` over it) for a model of `native` latents.
+
+    The longer side is native, as published; the shorter is at least half of it. From 1.75 times native on the scale is
+    rounded to a whole number, so that dilated grids are exactly as large as the first stage.
+    """
+    longest, shortest = max(size), min(size)
+    ratio = max(1.0, min(longest / native, shortest / (native / 2)))
+    if ratio >= 1.75:
+        ratio = float(nearest_factor(ratio))
+    return (_fitting(size[0] / ratio), _fitting(size[1] / ratio)), ratio
+
+
+def _fitting(length: float) -> int:
+    """A side that UNets take without odd maps: rounded up to a multiple of 8 latents; hand-offs cut what is too much."""
+    return max(8, math.ceil(length / 8 - 1e-6) * 8)
