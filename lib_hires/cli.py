@@ -23,7 +23,7 @@ from .methods import NONE, methods
 JOB_DEFAULTS: dict[str, Any] = {
     "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
     "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
-    "report": None, "from_image": None,
+    "report": None, "from_image": None, "controlnet": None,
 }  # fmt: skip
 HELP = {
     "prompt": "what to draw",
@@ -42,6 +42,7 @@ HELP = {
     "dtype": "auto, fp32, fp16 or bf16",
     "out": "the picture to write (PNG); -1, -2, ... are added to the name in a batch",
     "report": "a JSON report to write",
+    "controlnet": "a Canny ControlNet for AccDiffusion v2: a diffusers folder or a file",
     "from_image": "repeat the picture of this file from the infotext in it; other flags override",
 }
 

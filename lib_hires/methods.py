@@ -10,7 +10,7 @@ from functools import cache
 from .config.errors import SettingError
 from .plan.method import Method
 
-PACKAGES = ("unet",)
+PACKAGES = ("unet", "canvas")
 NONE = "none"
 
 

@@ -47,8 +47,12 @@ def _moved(
         return list(plain)
     places = []
     for index, place in enumerate(plain):
-        across = _offset(local, 1, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "across"))  # noqa: B023
-        down = _offset(local, 0, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "down"))  # noqa: B023
+        across = _offset(
+            local, 1, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "across")
+        )
+        down = _offset(
+            local, 0, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "down")
+        )
         places.append((place[0] + down, place[1] + across))
     return places
 
@@ -104,7 +108,7 @@ class Cutter:
     def _along(self, canvas: Tensor, axis: int, start: int, length: int) -> Tensor:
         dim = axis - 2
         extent = canvas.shape[dim]
-        if 0 <= start and start + length <= extent:
+        if start >= 0 and start + length <= extent:
             return canvas.narrow(dim, start, length)
         return canvas.index_select(dim, torch.arange(start, start + length, device=canvas.device) % extent)
 

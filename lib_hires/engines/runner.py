@@ -13,8 +13,10 @@ from tqdm import tqdm
 from .. import __version__
 from ..config.errors import HiresError, SettingError
 from ..plan.describe import describe_plan
+from ..plan.tiling import Stage
 from ..request import Request
-from ..schedule import Level, NoiseSchedule, scaled_linear
+from ..schedule import Level, NoiseSchedule
+from ..stages.inside import unet_methods
 from ..unet.session import Session
 from . import samplers
 from .checkpoint import load
@@ -55,7 +57,9 @@ class Runner:
         """
         components, request, engine_job, session = self._prepare(job)
         with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
-            result = _generate(components, engine_job, session, on_step or _advance(bar))
+            stages = stages_of(components, request, engine_job, session)
+            control = load_control(job.get("controlnet"), components)
+            result = _generate(Engine(components, control), engine_job, session, stages, on_step or _advance(bar))
         texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
         files = [str(name) for name in picture_names(Path(job["out"]), engine_job.batch)]
         for picture, name, text in zip(result.images, files, texts):
@@ -92,10 +96,16 @@ def _check_model(job: Mapping[str, Any], components: Components) -> None:
         )
 
 
-def _generate(components: Components, job: Job, session: Session | None, on_step: Callable[[int, int], None]) -> Result:
+def _generate(
+    engine: Engine,
+    job: Job,
+    session: Session | None,
+    stages: tuple[Stage, ...],
+    on_step: Callable[[int, int], None],
+) -> Result:
     """`Engine.generate`, with a sentence for the likeliest failure of all."""
     try:
-        return Engine(components).generate(job, session, on_step)
+        return engine.generate(job, session, on_step, stages)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
@@ -111,18 +121,45 @@ def session_for(components: Components, request: Request, job: Job) -> Session |
     size = components.native_resolution
     return Session(
         components.unet,
-        [request.method],
+        unet_methods(request.method),
         request.common,
-        seeds=[job.seed + index for index in range(job.batch)],
+        seeds=job.seeds,
         schedule=schedule_of(components),
         metadata={"modelspec.resolution": f"{size}x{size}"} if size else None,
         v_prediction=components.prediction_type == "v_prediction",
     )
 
 
+def stages_of(components: Components, request: Request, job: Job, session: Session | None) -> tuple[Stage, ...]:
+    """The sampling runs that lead to a job's size."""
+    size = (job.height // components.factor, job.width // components.factor)
+    if session is None:
+        return (Stage(size),)
+    return request.method.stages(session.model, size, request.common)
+
+
 def schedule_of(components: Components) -> NoiseSchedule:
     """The noise schedule that the model was trained with."""
-    return NoiseSchedule(scaled_linear(components.beta_start, components.beta_end))
+    return Engine(components).schedule()
+
+
+def load_control(folder: str | None, components: Components) -> Any:
+    """A ControlNet from a diffusers folder or a single file, on the model's device; None without one."""
+    if not folder:
+        return None
+    from diffusers import ControlNetModel
+
+    path = Path(folder)
+    if not path.exists():
+        raise SettingError("controlnet", folder, "a folder or a file that exists", "Check the path.")
+    load = ControlNetModel.from_pretrained if path.is_dir() else ControlNetModel.from_single_file
+    try:
+        control = load(str(path), torch_dtype=components.dtype)
+    except Exception as error:
+        raise HiresError(f"the ControlNet '{folder}' cannot be read: {error}") from error
+    if control.config.cross_attention_dim != components.unet.config.cross_attention_dim:
+        raise HiresError(f"the ControlNet '{folder}' belongs to another family of models than {components.path.name}.")
+    return control.to(components.device).eval()
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -179,7 +216,7 @@ def report_of(
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
         "routes": dict(session.ran) if session else {},
-        "notes": notes_of(request, session),
+        "notes": notes_of(request, session) + result.notes,
     }
 
 

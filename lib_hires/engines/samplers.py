@@ -23,7 +23,10 @@ FEW_STEPS = 10
 
 @dataclass(frozen=True)
 class Sampler:
-    """`scheduler`: diffusers' class; `options`: its constructor's; `step_options`: its step's; `calls`: UNet calls a step."""
+    """`scheduler`: diffusers' class; `options`: its constructor's; `step_options`: its step's; `calls`: UNet calls a step.
+
+    `keeps_state`: its step goes on from the latents it is given, not from its own memory of the step before.
+    """
 
     scheduler: str
     options: Mapping = field(default_factory=dict)
@@ -31,6 +34,7 @@ class Sampler:
     calls: int = 1
     spacing: str = "linspace"
     needs_scipy: bool = False
+    keeps_state: bool = True
 
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
@@ -51,7 +55,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde_karras": Sampler("DPMSolverMultistepScheduler", _SDE | _KARRAS),
     "ddim": Sampler("DDIMScheduler", _DDIM, {"eta": 0.0}, spacing="leading"),
     "ddim_eta1": Sampler("DDIMScheduler", _DDIM, {"eta": 1.0}, spacing="leading"),
-    "unipc": Sampler("UniPCMultistepScheduler"),
+    "unipc": Sampler("UniPCMultistepScheduler", keeps_state=False),
     "lcm": Sampler("LCMScheduler"),
 }
 
@@ -79,6 +83,18 @@ class Run:
     def scaled(self, latents: torch.Tensor, call: int) -> torch.Tensor:
         """The UNet's input for this call: same shape."""
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
+
+    def begin(self, step: int) -> int:
+        """Begin at a step (0-based) instead of the first; returns its call. Raises `HiresError` where the kind cannot."""
+        call = self.positions.index(step)
+        if call and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(call)
+        return call
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, call: int) -> torch.Tensor:
+        """Clean latents (B, 4, h, w) at the noise level of a call, as the sampler's state."""
+        when = self.scheduler.timesteps[call : call + 1].repeat(len(latents)).to(latents.device)
+        return self.scheduler.add_noise(latents, noise, when)
 
     def step(
         self, prediction: torch.Tensor, latents: torch.Tensor, call: int, generators: list[torch.Generator]
@@ -115,6 +131,18 @@ def make(name: str, components: Components, steps: int) -> Run:
         options["rescale_betas_zero_snr"] = True
     scheduler = cls(**options | dict(sampler.options))
     return _set(scheduler, sampler, steps)
+
+
+def check_stages(name: str) -> None:
+    """Raises `SettingError` for a sampler that would lose the skip residual of stages."""
+    if not _named(name).keeps_state:
+        allowed = ", ".join(key for key, sampler in SAMPLERS.items() if sampler.keeps_state)
+        raise SettingError(
+            "sampler",
+            name,
+            f"one of {allowed} where stages have a skip residual",
+            "It corrects each step from its own memory of the one before. Use another, or switch 'skip_residual' off.",
+        )
 
 
 def name_of(title: str, schedule: str = "") -> str:

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..config.errors import HiresError, SettingError
+from ..plan.route import Size
+from ..plan.tiling import Stage
+from ..randomness import Record, Records, Stream
+from ..schedule import NoiseSchedule, scaled_linear
+from ..stages.progressive import Progressive, StageRun
+from ..unet.attention_maps import AttentionMaps
 from . import prompts, samplers
 from .components import Components
 from .memory import peak_memory
 from .prompts import Conditioning
+from .staged import CanvasDenoiser, edges_of, encode_windows
 
 MAX_SEED = 2**63 - 1
+NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ class Job:
         if self.sampler not in samplers.SAMPLERS:
             raise SettingError("sampler", self.sampler, "one of " + ", ".join(samplers.SAMPLERS))
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture."""
+        return [(self.seed + index) % MAX_SEED for index in range(self.batch)]
+
 
 @dataclass
 class Result:
@@ -76,6 +90,7 @@ class Result:
     unet_calls: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Denoiser:
@@ -92,13 +107,30 @@ class Denoiser:
 
         t: timestep, a scalar tensor. Returns the prediction (eps or v), shape and dtype of x.
         """
-        told = self.conditioning.repeat(x.shape[0] // len(self.conditioning))
+        return self.evaluate(x, t, self.conditioning.repeat(x.shape[0] // len(self.conditioning)), self.extra)
+
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        told: Conditioning,
+        extra: torch.Tensor | None = None,
+        residuals: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The UNet's prediction for rows that are told `told`; `residuals`: a ControlNet's, as keyword arguments."""
         added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
         inputs = x.to(self.unet.dtype)
-        if self.extra is not None:
-            inputs = torch.cat([inputs, self.extra.to(inputs).expand(x.shape[0], -1, -1, -1)], dim=1)
-        answer = self.unet(inputs, t, encoder_hidden_states=told.context, added_cond_kwargs=added, return_dict=False)[0]
-        return answer.to(x.dtype)
+        if extra is not None:
+            inputs = torch.cat([inputs, extra.to(inputs).expand(x.shape[0], -1, -1, -1)], dim=1)
+        answer = self.unet(
+            inputs,
+            t,
+            encoder_hidden_states=told.context,
+            added_cond_kwargs=added,
+            return_dict=False,
+            **(residuals or {}),
+        )
+        return answer[0].to(x.dtype)
 
 
 class NoSession(contextlib.nullcontext):
@@ -107,33 +139,50 @@ class NoSession(contextlib.nullcontext):
     def at(self, timestep: float, step: int, steps: int) -> None:
         """Nothing to do."""
 
+    def rows(self, rows: Sequence[int]) -> None:
+        """Nothing to do."""
+
 
 class Engine:
     """Draws pictures with a checkpoint's parts."""
 
-    def __init__(self, components: Components):
-        self.components = components
+    def __init__(self, components: Components, control: Any = None):
+        """control: a Canny ControlNet (diffusers' ControlNetModel) for AccDiffusion v2, or None."""
+        self.components, self.control = components, control
 
-    def generate(self, job: Job, session=None, on_step: Callable[[int, int], None] | None = None) -> Result:
+    def generate(
+        self,
+        job: Job,
+        session=None,
+        on_step: Callable[[int, int], None] | None = None,
+        stages: Sequence[Stage] | None = None,
+        records: Records | None = None,
+        on_latents: Callable[[int, int, torch.Tensor], None] | None = None,
+    ) -> Result:
         """Draw a job's pictures.
 
-        `session`: a context manager opened around the sampling loop, whose `at(timestep=, step=, steps=)` is called
-        just before each call of the denoiser; `on_step(i, n)`: called after the i-th of n steps (1-based).
+        `session`: a context manager opened around each sampling loop, whose `at(timestep=, step=, steps=)` is called
+        just before each call of the denoiser; `on_step(i, n)`: called after the i-th of n steps of all stages (1-based);
+        `stages`: sampling runs up to the job's size (plain sampling without); `records`: draws to replay, by purpose (see
+        `randomness.PURPOSES`); `on_latents(stage, call, latents)`: called after each call with the sampler's state.
         Raises `SettingError` for a size that is no multiple of the autoencoder's factor.
         """
         started = time.perf_counter()
+        factor = self.components.factor
+        stages = tuple(stages or (Stage((job.height // factor, job.width // factor)),))
         with peak_memory(self.components.device) as peak, torch.no_grad():
             self.check(job)
-            denoiser = self.denoiser(job)
-            latents, stage = self.sample(job, denoiser, session, on_step)
+            run = _Run(self, job, session, on_step, stages, records or {}, on_latents)
+            latents = run.draw()
             images = self.decode(latents)
         return Result(
             images=images,
             latents=latents.float().cpu(),
-            stages=[stage],
-            unet_calls=stage["unet_calls"],
+            stages=run.reports,
+            unet_calls=sum(stage["unet_calls"] for stage in run.reports),
             seconds=time.perf_counter() - started,
             peak_memory=peak.bytes,
+            notes=run.notes,
         )
 
     def check(self, job: Job) -> None:
@@ -157,32 +206,28 @@ class Engine:
         told = (pair if _guided(job) else pair[1:]).repeat_each(job.batch)
         return Denoiser(self.components.unet, told, self._masked_picture(job))
 
-    def noise(self, job: Job) -> tuple[torch.Tensor, list[torch.Generator]]:
-        """Unit noise (B, 4, h, w) in fp32 on the device, and the generators (on the CPU) that go on from it."""
-        generators = [torch.Generator("cpu").manual_seed((job.seed + index) % MAX_SEED) for index in range(job.batch)]
-        factor = self.components.factor
-        shape = (1, self.components.latent_channels, job.height // factor, job.width // factor)
-        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-        return noise.to(self.components.device), generators
+    def noise(
+        self, job: Job, size: Size | None = None, record: Record | None = None
+    ) -> tuple[torch.Tensor, list[torch.Generator]]:
+        """Unit noise (B, 4, h, w) in fp32 on the device, and the generators (on the CPU) that go on from it.
 
-    def sample(self, job: Job, denoiser, session=None, on_step=None) -> tuple[torch.Tensor, dict]:
-        """One sampling run: (latents (B, 4, h, w) fp32 on the device, {width, height, unet_calls, seconds})."""
-        started = time.perf_counter()
-        session = NoSession() if session is None else session
-        run = samplers.make(job.sampler, self.components, job.steps)
-        noise, generators = self.noise(job)
-        latents = noise * run.initial_sigma
-        timesteps = torch.tensor(run.timesteps, device=self.components.device)
-        with count_calls(self.components.unet) as calls, session:
-            for call, timestep in enumerate(run.timesteps):
-                step = run.positions[call]
-                session.at(timestep=timestep, step=step, steps=run.steps)
-                prediction = _predict(denoiser, run.scaled(latents, call), timesteps[call], job)
-                latents = run.step(prediction, latents, call, generators)
-                if on_step and run.completed[call] > (run.completed[call - 1] if call else 0):
-                    on_step(run.completed[call], run.steps)
-        seconds = time.perf_counter() - started
-        return latents, {"width": job.width, "height": job.height, "unet_calls": calls.total, "seconds": seconds}
+        size: of the latents, the job's by default; record: noise to replay, by (seed, 0).
+        """
+        seeds = job.seeds
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        factor = self.components.factor
+        shape = (1, self.components.latent_channels, *(size or (job.height // factor, job.width // factor)))
+        noise = [torch.randn(shape, generator=generator) for generator in generators]
+        stream = Stream("initial noise", record)
+        for index, seed in enumerate(seeds):
+            recorded = stream.recorded(seed, 0)
+            if recorded is not None:
+                noise[index] = torch.as_tensor(recorded, dtype=torch.float32).reshape(shape)
+        return torch.cat(noise).to(self.components.device), generators
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that the model was trained with."""
+        return NoiseSchedule(scaled_linear(self.components.beta_start, self.components.beta_end))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -199,6 +244,98 @@ class Engine:
         grey = torch.zeros(1, 3, job.height, job.width, device=vae.device, dtype=vae.dtype)
         latent = vae.encode(grey).latent_dist.mode() * self.components.scaling_factor
         return torch.cat([torch.ones_like(latent[:, :1]), latent], dim=1)
+
+
+class _Run:
+    """One job while it is drawn: its stages, the attention maps that later stages need, the reports."""
+
+    def __init__(self, engine: Engine, job: Job, session, on_step, stages, records: Records, on_latents):
+        self.engine, self.job, self.stages, self.records = engine, job, stages, records
+        self.session = NoSession() if session is None else session
+        self.on_step, self.on_latents = on_step, on_latents
+        self.denoiser = engine.denoiser(job)
+        self.images = tuple(range(job.batch)) * (2 if _guided(job) else 1)
+        self.reports: list[dict] = []
+        self.notes: list[str] = []
+        self.done = 0
+        self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages))
+        wanted = [stage.canvas for stage in stages[1:] if stage.canvas]
+        self.maps = AttentionMaps(engine.components.unet) if any(c.window_prompts for c in wanted) else None
+        if any(c.edges for c in wanted) and engine.control is None:
+            self.notes.append(NO_CONTROL)
+        if any(c.skip_residual for c in wanted):
+            samplers.check_stages(job.sampler)
+
+    def sampler(self, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
+        """(the sampler set to its steps, the first call that is run, the steps that are run)."""
+        run = samplers.make(self.job.sampler, self.engine.components, self.job.steps)
+        if not number:
+            return run, 0, run.steps
+        steps = max(1, round(stage.strength * run.steps))
+        return run, run.begin(run.steps - steps), steps
+
+    def draw(self) -> torch.Tensor:
+        return Progressive(self.stages, self.job.seeds, self.records, self.prepare).run(self.sample)
+
+    def prepare(self, stage_run: StageRun) -> None:
+        """Window prompts from the first stage's attention maps, edges from the picture of the stage before."""
+        plan = stage_run.stage.canvas
+        if plan and plan.window_prompts:
+            stage_run.prompts = encode_windows(
+                self.engine.components, self.job.prompt, self.maps, stage_run, self.job.batch
+            )
+        if plan and plan.edges and self.engine.control is not None:
+            stage_run.hint = edges_of(self.engine.decode(self.latents), stage_run, self.engine.components.device)
+
+    def sample(self, stage_run: StageRun) -> torch.Tensor:
+        """One stage: latents (B, 4, h, w) fp32 on the device."""
+        started = time.perf_counter()
+        run, first, _ = self.sampler(stage_run.stage, stage_run.number)
+        noise, generators = self.engine.noise(self.job, stage_run.size, self.records.get("initial noise"))
+        latents = noise * run.initial_sigma
+        if stage_run.reference is not None:
+            latents = run.noised(stage_run.reference, stage_run.noise, first)
+        gathering = self.maps if stage_run.number == 0 and self.maps is not None else contextlib.nullcontext()
+        with count_calls(self.engine.components.unet) as calls, self.session, gathering:
+            latents = self.loop(stage_run, run, first, latents, generators)
+        self.latents = latents
+        factor = self.engine.components.factor
+        self.reports.append(
+            {
+                "width": stage_run.size[1] * factor,
+                "height": stage_run.size[0] * factor,
+                "unet_calls": calls.total,
+                "unet_evaluations": calls.rows // len(self.images),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return latents
+
+    def loop(self, stage_run: StageRun, run: samplers.Run, first: int, latents: torch.Tensor, generators):
+        """The sampling loop from the call `first` on."""
+        schedule, job = self.engine.schedule(), self.job
+        timesteps = torch.tensor(run.timesteps, device=self.engine.components.device)
+        denoiser = self.denoiser
+        if stage_run.canvas is not None:
+            denoiser = CanvasDenoiser(denoiser, self.images, job.cfg, stage_run, self.session, self.engine.control)
+        for call in range(first, len(run.timesteps)):
+            moment = schedule.moment(timestep=run.timesteps[call])
+            step = run.positions[call] - run.positions[first]
+            self.session.at(timestep=moment.timestep, step=run.positions[call], steps=run.steps)
+            if self.maps is not None and self.maps.is_open:
+                self.maps.rows([None] * (len(self.images) - job.batch) + list(range(job.batch)))
+            if stage_run.canvas is not None:
+                denoiser.at(moment, step, run.steps - run.positions[first])
+                latents = stage_run.pull(latents, moment, run.initial_sigma == 1)
+            prediction = _predict(denoiser, run.scaled(latents, call), timesteps[call], job)
+            latents = run.step(prediction, latents, call, generators)
+            if self.on_latents:
+                self.on_latents(stage_run.number, call, latents)
+            if run.completed[call] > (run.completed[call - 1] if call else 0):
+                self.done += 1
+                if self.on_step:
+                    self.on_step(self.done, self.total)
+        return latents
 
 
 def _guided(job: Job) -> bool:
@@ -218,6 +355,7 @@ class Calls:
     """How often a module was called."""
 
     total: int = 0
+    rows: int = 0
 
 
 @contextlib.contextmanager
@@ -225,8 +363,9 @@ def count_calls(module: torch.nn.Module):
     """Count a module's calls during the block, by a hook that is removed after it."""
     calls = Calls()
 
-    def note(*_):
+    def note(_module, inputs):
         calls.total += 1
+        calls.rows += inputs[0].shape[0]
 
     hook = module.register_forward_pre_hook(note)
     try:

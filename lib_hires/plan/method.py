@@ -14,6 +14,7 @@ from ..config.settings import Settings
 from ..schedule import Gate
 from .models import Model
 from .route import Edit, Size
+from .tiling import Stage
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Method(Settings):
     """Base of every method's settings.
 
     Class attributes: `name` as the API and the command line write it, `title` as the papers do, `summary` and
-    `use_when` for tables, `source` the paper.
+    `use_when` for tables, `source` the paper; `group`: a name for the settings that a base class shares out.
     """
 
+    group: ClassVar[str] = ""
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     use_when: ClassVar[str] = ""
@@ -59,4 +61,11 @@ class Method(Settings):
 
     def plan(self, model: Model, size: Size, common: Common) -> UNetPlan:
         """The changes for latents of `size` (height, width). Raises `HiresError` where settings and model do not fit."""
-        raise NotImplementedError
+        return UNetPlan()
+
+    def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
+        """The sampling runs that lead to latents of `size`. started: the host begins with latents of its own (img2img).
+
+        Raises `HiresError` where settings and size do not fit.
+        """
+        return (Stage(size),)

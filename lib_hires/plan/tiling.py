@@ -91,12 +91,29 @@ class Cosines:
 
 
 @dataclass(frozen=True)
+class Edges:
+    """A Canny ControlNet on local views (AccDiffusion v2): strength of its residuals, and from where to where in a stage.
+
+    sigma: Canny's thresholds lie this fraction below and above the picture's median.
+    """
+
+    strength: float
+    sigma: float = 0.3
+    start: float = 0.0
+    end: float = 1.0
+
+    def share(self, step: int, steps: int) -> float:
+        """The residuals' share at a step (from 0) of a stage: the strength, or 0 outside of start..end."""
+        return 0.0 if step / steps < self.start or (step + 1) / steps > self.end else self.strength
+
+
+@dataclass(frozen=True)
 class CanvasPlan:
     """How one prediction on a canvas is made of the UNet's predictions.
 
-    skip_residual: pull the sampler's state to the noised result of the stage before. guidance: of local views, relative to
-    the sampler's; 1 is the same. tile_batch: UNet rows a call hold at most so many views (0: as memory allows).
-    published: replay the published code's choices where ours differ (see docs/canvas.md).
+    skip_residual: pull the sampler's state to the noised result of the stage before. guidance: CFG scale of local views; 0
+    is the sampler's. tile_batch: views in one call at most (0: as memory allows). window_prompts: the share of a view that
+    a word has to cover, None where every view has the whole prompt. published: the published code's choices.
     """
 
     local: Local | None = None
@@ -106,7 +123,7 @@ class CanvasPlan:
     guidance: float = 0.0
     tile_batch: int = 0
     window_prompts: float | None = None
-    edges: float = 0.0
+    edges: Edges | None = None
     published: bool = False
 
     def evaluations(self, size: Size) -> int:

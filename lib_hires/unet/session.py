@@ -194,6 +194,10 @@ class Session:
         self._told = Level(self.schedule.progress(timestep), step, steps)
         self._rows, self._cursor = tuple(rows), 0
 
+    def rows(self, rows: Sequence[int]) -> None:
+        """Say whose the rows of the coming UNet call are, at the level told last: for views, which are many calls a level."""
+        self._rows, self._cursor = tuple(rows), 0
+
     # One call --------------------------------------------------------------------------------------------------------
 
     def plan_for(self, size: Size) -> UNetPlan:

@@ -1,1 +1,6 @@
-"""The autoencoder at any size: exact decoding in tiles, and what it costs."""
+"""The autoencoder at any size: exact decoding in tiles (tiled_decode.py), and what it costs (cost.py)."""
+
+from .cost import needs_tiles, plain_bytes, stored_bytes, tile_for, tiled_bytes
+from .tiled_decode import decode_tiled, tiled
+
+__all__ = ["decode_tiled", "needs_tiles", "plain_bytes", "stored_bytes", "tile_for", "tiled", "tiled_bytes"]

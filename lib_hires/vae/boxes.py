@@ -6,6 +6,7 @@ box, on whatever device it was given, and reads any rectangle back, whichever bo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -73,14 +74,20 @@ class Grid:
 
     def crossed_by(self, box: Box) -> Iterator[tuple[Key, Box, Box]]:
         """(key, its box, what of `box` lies in it) of every box of the grid that `box` crosses."""
-        for i, (top, bottom) in enumerate(zip(self.rows, self.rows[1:])):
-            top_, bottom_ = max(top, box.top), min(bottom, box.bottom)
-            if top_ >= bottom_:
-                continue
-            for j, (left, right) in enumerate(zip(self.columns, self.columns[1:])):
-                left_, right_ = max(left, box.left), min(right, box.right)
-                if left_ < right_:
-                    yield (i, j), Box(top, bottom, left, right), Box(top_, bottom_, left_, right_)
+        for i, top, bottom in _crossed(self.rows, box.top, box.bottom):
+            for j, left, right in _crossed(self.columns, box.left, box.right):
+                whole = Box(top, bottom, left, right)
+                part = max(top, box.top), min(bottom, box.bottom), max(left, box.left), min(right, box.right)
+                yield (i, j), whole, Box(*part)
+
+
+def _crossed(bounds: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(index, its bounds) of every part with a pixel in [start, stop)."""
+    for index in range(bisect_right(bounds, start) - 1, len(bounds) - 1):
+        if bounds[index] >= stop:
+            break
+        if bounds[index] < bounds[index + 1]:
+            yield index, bounds[index], bounds[index + 1]
 
 
 class Pieces(dict[Key, Tensor]):
@@ -97,9 +104,7 @@ class Pieces(dict[Key, Tensor]):
 
     def read(self, box: Box, device: torch.device) -> Tensor:
         """The box (B, C, rows, columns) on `device`: a view where it lies in one piece there, else a copy."""
-        crossed = [
-            (self[key], (..., *part.within(whole)), part) for key, whole, part in self.grid.crossed_by(box)
-        ]
+        crossed = [(self[key], (..., *part.within(whole)), part) for key, whole, part in self.grid.crossed_by(box)]
         if len(crossed) == 1:
             piece, cut, _part = crossed[0]
             return piece[cut].to(device)

@@ -5,6 +5,8 @@ Foreign modules call torch as ever; each operation arrives at `LazyMap.__torch_d
     convolution, nearest enlargement, padding, everything pointwise   put off: a node (nodes.py)
     group_norm      the whole map's statistics are wanted: its input is worked out tile by tile, summed up and stored
     anything else   (attention's matrices) runs as it is on the assembled map: right for any module, bounded for the above
+
+One thing is not as in torch: a view of a map is a copy, so writing into the view leaves the map as it was.
 """
 
 from __future__ import annotations
@@ -197,6 +199,7 @@ def _pointwise(func, *args, **kwargs):
         return func(*real_args, **real_kwargs)
 
     node = Local(canvas, outline.shape, outline.dtype, tuple(inputs), call)
+    node.watch(*(place for place in places if isinstance(place, Tensor)))
     if not written:
         return LazyMap(node)
     if written[0] is not leaves[0] or not isinstance(written[0], LazyMap):
@@ -213,7 +216,9 @@ def _is_constant(tensor: Tensor) -> bool:
 def _written(func, args: tuple, kwargs: dict) -> list:
     """The arguments that the operation writes to."""
     named = {**dict(zip((argument.name for argument in func._schema.arguments), args)), **kwargs}
-    wrote = [argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    wrote = [
+        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
+    ]
     return [named[name] for name in wrote if name in named]
 
 

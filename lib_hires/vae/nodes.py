@@ -130,9 +130,14 @@ class Affine(Node):
         self.scale, self.shift = scale, shift
 
     def compute(self, box: Box, values: list[Tensor]) -> Tensor:
-        """In the precision of scale and shift, rounded once."""
+        """In the precision of scale and shift, rounded once; a lower one is widened a few channels at a time."""
         (x,) = values
-        return torch.addcmul(self.shift, x, self.scale, out=torch.empty_like(x))
+        if x.dtype is self.scale.dtype:
+            return torch.addcmul(self.shift, x, self.scale)
+        out, step = torch.empty_like(x), max(1, x.shape[1] // 8)
+        for to, part, scale, shift in zip(*(each.split(step, 1) for each in (out, x, self.scale, self.shift))):
+            to.copy_(torch.addcmul(shift, part.to(scale.dtype), scale))
+        return out
 
 
 class Convolution(Node):
@@ -229,7 +234,7 @@ class Segment:
     def __init__(self, target: Node):
         self.target = target
         self.order = _inputs_first(target)
-        self.uses = {node: 0 for node in self.order}
+        self.uses = dict.fromkeys(self.order, 0)
         for node in self.order:
             for source in node.inputs:
                 self.uses[source] += 1

@@ -3,7 +3,8 @@
 The decoder is called once, with a stand-in for z (lazy.py) on which work is put off. GroupNorm is the only operation that
 looks at all pixels at once (attention aside, which runs on the assembled map, small at latent size): at each one the map
 before it is worked out tile by tile, from stored maps whose tiles are read with the few pixels around them that the
-convolutions since touch. So statistics are the whole map's, no tile has a border of its own, and there is no overlap:
+convolution since touches. So statistics are the whole map's, no tile has a border of its own, no convolution is worked
+out twice:
 
     stored map -> tile + 1 pixel -> norm, silu, conv -> tile, summed up for the next norm -> stored map
 
@@ -36,8 +37,8 @@ def decode_tiled(
     """What `decoder(z)` returns, (B, 3, 8h, 8w) for z (B, C, h, w), worked out in tiles; equal up to rounding.
 
     tile: the longest side of a tile, in latents.
-    storage: where maps wait between tiles; None: "cpu". z's own device is faster and holds up to 512 channels at full
-        size (cost.py).
+    storage: where maps wait between tiles; None: "cpu". z's own device spares the way there and back where it can hold
+        `stored_bytes` (cost.py).
     run: called in place of `decoder`.
     Pictures of a batch are decoded one after another, without gradients. Works for any module of convolutions, nearest
     enlargements, norms and pointwise operations, an encoder too (tile then in pixels); others run as they are, in full.
@@ -47,24 +48,26 @@ def decode_tiled(
     tile, storage = _checked_tile(tile), _checked_storage(storage)
     if z.dim() != 4:
         raise SettingError("z", tuple(z.shape), "latents (B, C, h, w)")
-    run = run or decoder
+    run = run or getattr(decoder, "_orig_mod", decoder)
+    if not z.shape[0]:
+        return run(z)
     with torch.no_grad():
         pictures = [assembled(run(lazy(picture, tile, storage))) for picture in z.split(1)]
     return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
-class tiled:  # noqa: N801 (read as a verb: with tiled(decoder): ...)
+class tiled:
     """Inside the block `decoder(z)` decodes in tiles whenever h * w is more than `above` squared.
 
         with tiled(vae.decoder, tile=64, above=128):
             vae.decode(z)
 
     An override of the instance's `forward`, taken back on leaving for whatever reason; blocks nest, and one object may
-    be entered again. Calls with anything but a four-dimensional z go through as they are.
+    be entered again. Calls with anything but a four-dimensional z, or with gradients, go through as they are.
     """
 
     def __init__(
-        self, decoder: nn.Module, *, tile: int = 64, above: int = 64, storage: str | torch.device | None = None
+        self, decoder: nn.Module, *, tile: int = 64, above: int = 128, storage: str | torch.device | None = None
     ):
         self.decoder, self.tile, self.above = decoder, _checked_tile(tile), above
         self.storage = _checked_storage(storage)
@@ -85,19 +88,22 @@ class tiled:  # noqa: N801 (read as a verb: with tiled(decoder): ...)
         def forward(z: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._wants(z):
                 return previous(z, *args, **kwargs)
+            # a compiled module cannot be given a stand-in; what it was compiled from can
+            run = getattr(self.decoder, "_orig_mod", previous)
             return decode_tiled(
                 self.decoder,
                 z,
                 tile=self.tile,
                 storage=self.storage,
-                run=lambda picture: previous(picture, *args, **kwargs),
+                run=lambda picture: run(picture, *args, **kwargs),
             )
 
         return forward
 
     def _wants(self, z: Any) -> bool:
-        plain = isinstance(z, Tensor) and not isinstance(z, LazyMap) and z.dim() == 4
-        return plain and z.shape[2] * z.shape[3] > self.above**2
+        if not isinstance(z, Tensor) or isinstance(z, LazyMap) or z.dim() != 4:
+            return False
+        return z.shape[2] * z.shape[3] > self.above**2 and not (torch.is_grad_enabled() and z.requires_grad)
 
 
 def _checked_tile(tile: int) -> int:

@@ -1,0 +1,122 @@
+"""AccDiffusion: DemoFusion whose views are told only what they show, and whose grids talk to each other.
+
+    window prompts       a view keeps a word if enough of it lies where the word's cross-attention was high in the first stage
+    window interaction   dilated grids exchange latents by a bijection at each position before the network, and back after it
+    v2                   a Canny ControlNet holds each view to the edges of the stage before
+
+Sources: arXiv 2407.10738 (ECCV 2024), sections 3.2 and 3.3; v2: arXiv 2412.02099.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..config.errors import SettingError
+from ..config.settings import AUTO, setting
+from ..plan.models import Model
+from ..plan.route import Size
+from ..plan.tiling import BY_CHANNEL, BY_POSITION, NO_SHUFFLE, CanvasPlan, Edges
+from .method import StagedMethod
+
+_MAP = 4
+"""Latents a cell of the attention maps: published views move by whole cells."""
+
+
+@dataclass(frozen=True)
+class AccDiffusion(StagedMethod):
+    """Settings of AccDiffusion v1; the defaults are the published ones."""
+
+    name: ClassVar[str] = "accdiffusion"
+    group: ClassVar[str] = "windows"
+    title: ClassVar[str] = "AccDiffusion"
+    summary: ClassVar[str] = "DemoFusion with a prompt of its own for each view and grids that exchange latents"
+    use_when: ClassVar[str] = "as DemoFusion, where small copies of the subject still appear"
+    source: ClassVar[str] = "arXiv 2407.10738"
+
+    word_share: float = setting(
+        0.3,
+        "Word share",
+        "A view keeps a word if this fraction of the view lies where the word was drawn in the first stage; 0 gives "
+        "every view the whole prompt.",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        simple=True,
+    )
+    interaction: str = setting(
+        BY_POSITION,
+        "Window interaction",
+        "How the dilated grids exchange latents: by position (the paper), by channel and position (the published code), "
+        "or not.",
+        choices=(BY_POSITION, BY_CHANNEL, NO_SHUFFLE),
+    )
+    view_guidance: float = setting(
+        AUTO,
+        "View guidance",
+        "CFG scale inside views; -1 takes the sampler's.",
+        low=1.0,
+        high=30.0,
+        step=0.5,
+        auto=True,
+    )
+
+    def canvas(self, model: Model, size: Size, scale: float) -> CanvasPlan:
+        """DemoFusion's canvas with window prompts and interaction."""
+        plan = super().canvas(model, size, scale)
+        dilated = plan.dilated and replace(plan.dilated, shuffle=self.interaction, group=16 if self.published else 0)
+        return replace(
+            plan,
+            dilated=dilated,
+            window_prompts=self.word_share,
+            guidance=0.0 if self.view_guidance == AUTO else self.view_guidance,
+        )
+
+    def view_options(self) -> dict[str, Any]:
+        """Views keep their places for a stage, since their prompts belong to these places."""
+        return {"jitter_once": True, "jitter_unit": _MAP}
+
+
+@dataclass(frozen=True)
+class AccDiffusionV2(AccDiffusion):
+    """Settings of AccDiffusion v2: v1 with a Canny ControlNet on the views."""
+
+    name: ClassVar[str] = "accdiffusion_v2"
+    group: ClassVar[str] = ""
+    title: ClassVar[str] = "AccDiffusion v2"
+    summary: ClassVar[str] = "AccDiffusion whose views are held to the edges of the stage before by a ControlNet"
+    use_when: ClassVar[str] = "as AccDiffusion, where views distort limbs and lines; needs a Canny ControlNet"
+    source: ClassVar[str] = "arXiv 2412.02099"
+
+    edge_strength: float = setting(
+        0.6, "Edge strength", "How much the ControlNet's residuals count.", low=0.0, high=2.0, step=0.05, simple=True
+    )
+    canny_sigma: float = setting(
+        0.3,
+        "Canny sigma",
+        "Canny's thresholds lie this fraction below and above the picture's median.",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+    )
+    edge_start: float = setting(
+        0.0, "Edge start", "Start of the ControlNet, as a fraction of a stage.", low=0.0, high=1.0, step=0.05
+    )
+    edge_end: float = setting(
+        1.0, "Edge end", "End of the ControlNet, as a fraction of a stage.", low=0.0, high=1.0, step=0.05
+    )
+
+    def validate(self) -> None:
+        """The ControlNet has to start before it ends."""
+        super().validate()
+        if self.edge_start >= self.edge_end:
+            raise SettingError(
+                "edge_start", self.edge_start, f"below 'edge_end', which is {self.edge_end:g}", "Lower it."
+            )
+
+    def canvas(self, model: Model, size: Size, scale: float) -> CanvasPlan:
+        """v1's canvas with edges."""
+        return replace(
+            super().canvas(model, size, scale),
+            edges=Edges(self.edge_strength, self.canny_sigma, self.edge_start, self.edge_end),
+        )

@@ -1,0 +1,201 @@
+"""What the methods that denoise a canvas larger than the model have in common: views, and stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..config.common import Common
+from ..config.errors import SettingError
+from ..config.settings import AUTO, setting
+from ..plan.method import Method
+from ..plan.models import LATENT_FACTOR, Model
+from ..plan.route import Size
+from ..plan.tiling import (
+    INSIDE,
+    ZEROS,
+    CanvasPlan,
+    Cosines,
+    Dilated,
+    Local,
+    Stage,
+    first_size,
+    nearest_factor,
+    stage_scales,
+)
+
+NOTHING, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
+LEAST_RATIO = 1.05
+"""Below this scale over the native size there is no second stage."""
+
+
+@dataclass(frozen=True)
+class CanvasMethod(Method):
+    """Base of the methods that look at a canvas through views. `published_overlap`, `published_jitter`: shares of a view
+    and of the overlap that the published code uses."""
+
+    group: ClassVar[str] = "views"
+    published_overlap: ClassVar[float] = 0.5
+    published_jitter: ClassVar[float] = 0.0
+
+    view_size: int = setting(
+        0,
+        "View size",
+        "Side of a view in pixels; 0 takes the model's native size.",
+        low=0,
+        high=4096,
+        step=8,
+    )
+    overlap: float = setting(
+        AUTO,
+        "View overlap",
+        "How much neighbouring views share, as a fraction of their side; more is smoother and slower. -1 takes what was "
+        "published for the method.",
+        low=0.0,
+        high=0.95,
+        step=0.025,
+        auto=True,
+    )
+    jitter: float = setting(
+        AUTO,
+        "View jitter",
+        "How far views move at each step, as a fraction of the overlap, by the image's seed; -1 takes what was published.",
+        low=0.0,
+        high=0.5,
+        step=0.05,
+        auto=True,
+    )
+    wrap_x: bool = setting(
+        False, "Wrap left to right", "Join the left and right edge, for panoramas and textures that repeat."
+    )
+    wrap_y: bool = setting(False, "Wrap top to bottom", "Join the top and bottom edge.")
+    tile_batch: int = setting(
+        0,
+        "Views at once",
+        "Views in one call of the network; 0 takes as many as the free memory holds. The picture does not change.",
+        low=0,
+        high=64,
+        step=1,
+    )
+    inside: str = setting(
+        NOTHING,
+        "Inside views",
+        "A change of the network while it draws views: attention in windows is faster; the other two matter for views "
+        "larger than the native size.",
+        choices=(NOTHING, WINDOWS, RAUNET, SHRINK),
+    )
+
+    def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
+        """One sampling run with views on the whole canvas."""
+        return (Stage(size, canvas=CanvasPlan(local=self.local(model), tile_batch=self.tile_batch)),)
+
+    def local(self, model: Model) -> Local:
+        """The views. Raises `SettingError` where they leave gaps."""
+        window = max(1, (self.view_size or model.native) // LATENT_FACTOR)
+        share = self.published_overlap if self.overlap == AUTO else self.overlap
+        stride = max(1, round(window * (1 - share)))
+        loose = self.published_jitter if self.jitter == AUTO else self.jitter
+        return Local(
+            (window, window), (stride, stride), wrap=(self.wrap_y, self.wrap_x), jitter=int((window - stride) * loose)
+        )
+
+
+@dataclass(frozen=True)
+class StagedMethod(CanvasMethod):
+    """Base of the methods that draw at the native size first, then in stages up to the size asked for."""
+
+    group: ClassVar[str] = "stages"
+    published_jitter: ClassVar[float] = 0.25
+    shuffle: ClassVar[str] = "none"
+
+    stage_strength: float = setting(
+        0.5,
+        "Stage strength",
+        "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, less starts "
+        "each stage at a lower noise level, stays closer to the first picture and is as much faster.",
+        low=0.05,
+        high=1.0,
+        step=0.05,
+        simple=True,
+    )
+    max_step: float = setting(
+        2.0, "Largest step", "Most that a stage enlarges the one before.", low=1.2, high=4.0, step=0.1
+    )
+    skip_residual: bool = setting(
+        True, "Skip residual", "Pull each stage to the stage before while the layout is decided."
+    )
+    dilated_sampling: bool = setting(
+        True, "Dilated sampling", "Denoise interleaved grids too, each of which sees the whole picture."
+    )
+    cosine_1: float = setting(
+        3.0, "Cosine 1", "Exponent of the skip residual's share; more lets go earlier.", low=0.1, high=20.0, step=0.1
+    )
+    cosine_2: float = setting(
+        1.0, "Cosine 2", "Exponent of the dilated grids' share; more lets go earlier.", low=0.1, high=20.0, step=0.1
+    )
+    cosine_3: float = setting(
+        1.0, "Cosine 3", "Exponent of the filter's width; more narrows it earlier.", low=0.1, high=20.0, step=0.1
+    )
+    filter_sigma: float = setting(
+        0.8, "Filter sigma", "Width in latents of the Gaussian filter before the grids.", low=0.0, high=8.0, step=0.1
+    )
+    published: bool = setting(
+        False,
+        "As published",
+        "Repeat the published code's own choices: every whole scale as a stage, zeros around edge views, one mean and "
+        "std over all channels. Only for sizes that are whole multiples of the native size.",
+    )
+
+    def validate(self) -> None:
+        """The published choices know no circles."""
+        if self.published and (self.wrap_x or self.wrap_y):
+            raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+
+    def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
+        """The native stage and those after it; where the host `started` (img2img), one stage on its latents."""
+        native = model.native // LATENT_FACTOR
+        first, ratio = first_size(size, native)
+        if started:
+            return (Stage(size, ratio, canvas=self.canvas(model, size, ratio)),)
+        if self.published:
+            return self._published_stages(model, size, native)
+        if ratio < LEAST_RATIO:
+            return (Stage(size),)
+        result = [Stage(first)]
+        for scale in stage_scales(ratio, self.max_step):
+            reached = size if scale == ratio else tuple(8 * round(length * scale / ratio / 8) for length in size)
+            result.append(Stage(reached, scale, self.stage_strength, self.canvas(model, reached, scale)))
+        return tuple(result)
+
+    def canvas(self, model: Model, size: Size, scale: float) -> CanvasPlan:
+        """The canvas of a stage that is `scale` times the first."""
+        local = self.local(model)
+        factor = nearest_factor(scale)
+        return CanvasPlan(
+            local=Local(**{**vars(local), "edge": ZEROS if self.published else INSIDE, **self.view_options()}),
+            dilated=Dilated(factor, self.filter_sigma, self.shuffle) if self.dilated_sampling and factor > 1 else None,
+            skip_residual=self.skip_residual,
+            cosines=Cosines(self.cosine_1, self.cosine_2, self.cosine_3),
+            tile_batch=self.tile_batch,
+            published=self.published,
+        )
+
+    def view_options(self) -> dict:
+        """Further fields of the views."""
+        return {}
+
+    def _published_stages(self, model: Model, size: Size, native: int) -> tuple[Stage, ...]:
+        longest = max(size)
+        if longest % native:
+            raise SettingError(
+                "published",
+                True,
+                f"false for {size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}",
+                f"The published stages reach whole multiples of {model.native} on the longer side only.",
+            )
+        count = longest // native
+        result = [Stage(tuple(length // count for length in size))]
+        for scale in range(2, count + 1):
+            reached = size if scale == count else tuple(length * scale // count for length in size)
+            result.append(Stage(reached, float(scale), self.stage_strength, self.canvas(model, reached, scale)))
+        return tuple(result)

@@ -1,0 +1,32 @@
+"""Window prompts (AccDiffusion, section 3.2): which words each view is told, from the first stage's attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ..canvas.canvas import Canvas
+from ..canvas.masks import kept_words, word_masks
+from ..canvas.words import Word, join
+
+
+def window_texts(
+    canvas: Canvas,
+    maps: Mapping[int, Tensor],
+    words: Mapping[int, Sequence[Word]],
+    image_of: Mapping[int, int],
+    emphasis: bool,
+) -> dict[int, list[str]]:
+    """For each prompt (a key of `maps`: an image, or one of an image's AND parts) the text of every view of the canvas.
+
+    maps: (gh, gw, T) of each prompt; words: its words; image_of: its image; emphasis: write weights as `(word:1.2)`.
+    """
+    views = canvas.views()
+    share, local = canvas.plan.window_prompts, canvas.plan.local
+    texts = {}
+    for prompt, values in maps.items():
+        places = [(*view.places[image_of[prompt]], *view.size) for view in views]
+        kept = kept_words(word_masks(values, words[prompt]), places, canvas.size, share, wrap=local.wrap)
+        texts[prompt] = [join([words[prompt][index] for index in indices], emphasis) for indices in kept]
+    return texts
