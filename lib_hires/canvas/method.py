@@ -12,7 +12,7 @@ from ..plan.method import Method
 from ..plan.models import LATENT_FACTOR, Model
 from ..plan.route import Size
 from ..plan.tiling import (
-    INSIDE,
+    MIRROR,
     ZEROS,
     CanvasPlan,
     Cosines,
@@ -172,7 +172,7 @@ class StagedMethod(CanvasMethod):
         local = self.local(model)
         factor = nearest_factor(scale)
         return CanvasPlan(
-            local=Local(**{**vars(local), "edge": ZEROS if self.published else INSIDE, **self.view_options()}),
+            local=Local(**{**vars(local), "edge": ZEROS if self.published else MIRROR, **self.view_options()}),
             dilated=Dilated(factor, self.filter_sigma, self.shuffle) if self.dilated_sampling and factor > 1 else None,
             skip_residual=self.skip_residual,
             cosines=Cosines(self.cosine_1, self.cosine_2, self.cosine_3),

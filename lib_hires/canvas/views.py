@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..plan.route import Size
-from ..plan.tiling import GAUSSIAN, INSIDE, ZEROS, Local
+from ..plan.tiling import GAUSSIAN, ZEROS, Local
 from ..randomness import Stream
 
 Place = tuple[int, int]
@@ -47,34 +47,22 @@ def _moved(
         return list(plain)
     places = []
     for index, place in enumerate(plain):
-        across = _offset(
-            local, 1, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "across")
-        )
-        down = _offset(
-            local, 0, place, size, window, lambda low, high: _draw(draws, low, high, seed, *when, index, "down")
+        down, across = (
+            _draw(draws, *_reach(local, axis, place, size, window), seed, *when, index, name) * local.jitter_unit
+            for axis, name in ((0, "down"), (1, "across"))
         )
         places.append((place[0] + down, place[1] + across))
     return places
 
 
-def _offset(local: Local, axis: int, place: Place, size: Size, window: Size, draw) -> int:
-    """The move of a view along one axis: both ways inside, outwards at an edge, none for a view that covers the axis."""
-    reach, start, last = local.jitter // local.jitter_unit, place[axis], size[axis] - window[axis]
+def _reach(local: Local, axis: int, place: Place, size: Size, window: Size) -> tuple[int, int]:
+    """How far a view may move along one axis, in units: both ways inside, outwards at an edge, not where it covers all."""
+    reach, last = local.jitter // local.jitter_unit, size[axis] - window[axis]
     if last == 0:
-        return 0
-    low, high = -reach, reach
-    if not local.wrap[axis]:
-        if local.edge == INSIDE:
-            if start in (0, last):
-                return 0
-        elif start == 0:
-            high = 0
-        elif start == last:
-            low = 0
-    move = draw(low, high) * local.jitter_unit
-    if local.edge == INSIDE and not local.wrap[axis]:
-        return min(max(start + move, 0), last) - start
-    return move
+        return 0, 0
+    if local.wrap[axis]:
+        return -reach, reach
+    return 0 if place[axis] == last else -reach, 0 if place[axis] == 0 else reach
 
 
 def _draw(draws: Stream, low: int, high: int, seed: int, *place: object) -> int:
@@ -87,11 +75,18 @@ class Cutter:
 
     def __init__(self, local: Local, size: Size, images: Sequence[int]):
         self.local, self.size, self.images = local, size, tuple(images)
-        self.pad = local.jitter if local.edge == ZEROS else 0
+        self.pads = tuple(0 if local.wrap[axis] else local.jitter for axis in (0, 1))
 
     def padded(self, canvas: Tensor) -> Tensor:
-        """The canvas as views read it: with zeros around it where edge views may reach out."""
-        return F.pad(canvas, (self.pad,) * 4) if self.pad else canvas
+        """The canvas as views read it: continued where edge views may reach out, mirrored or as published by zeros."""
+        down, across = self.pads
+        if not (down or across):
+            return canvas
+        pad = (across, across, down, down)
+        if self.local.edge == ZEROS:
+            return F.pad(canvas, pad)
+        small = min(canvas.shape[-2] - 1 - down, canvas.shape[-1] - 1 - across) < 0
+        return F.pad(canvas, pad, mode="replicate" if small else "reflect")
 
     def cut(self, padded: Tensor, view: View) -> Tensor:
         """(N, C, h, w): the view of every row of `padded(canvas)`."""
@@ -102,7 +97,7 @@ class Cutter:
 
     def _cut(self, canvas: Tensor, place: Place, size: Size) -> Tensor:
         for axis in (0, 1):
-            canvas = self._along(canvas, axis, place[axis] + self.pad, size[axis])
+            canvas = self._along(canvas, axis, place[axis] + self.pads[axis], size[axis])
         return canvas
 
     def _along(self, canvas: Tensor, axis: int, start: int, length: int) -> Tensor:
@@ -115,7 +110,7 @@ class Cutter:
     def sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Empty (weighted predictions (N, C, H, W), weights (N, 1, H, W)) to `add` to."""
         rows, channels = like.shape[:2]
-        extent = [length + 2 * self.pad for length in self.size]
+        extent = [length + 2 * pad for length, pad in zip(self.size, self.pads)]
         empty = torch.zeros(rows, channels + 1, *extent, device=like.device, dtype=torch.float32)
         return empty[:, :channels], empty[:, channels:]
 
@@ -134,7 +129,7 @@ class Cutter:
 
     def _add(self, total: Tensor, place: Place, size: Size, value: Tensor) -> None:
         """total[view] += value, around the edge where the axes are circles."""
-        top, left = (start + self.pad for start in place)
+        top, left = (start + pad for start, pad in zip(place, self.pads))
         height, width = total.shape[-2:]
         if 0 <= top <= height - size[0] and 0 <= left <= width - size[1]:
             total[..., top : top + size[0], left : left + size[1]] += value
@@ -146,9 +141,8 @@ class Cutter:
     def mean(self, sums: tuple[Tensor, Tensor]) -> Tensor:
         """(N, C, H, W) fp32: the weighted mean, without what lies outside of the canvas."""
         result = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)
-        if not self.pad:
-            return result
-        return result[..., self.pad : self.pad + self.size[0], self.pad : self.pad + self.size[1]]
+        (down, across), (height, width) = self.pads, self.size
+        return result[..., down : down + height, across : across + width]
 
 
 @lru_cache(maxsize=32)

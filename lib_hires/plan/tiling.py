@@ -2,7 +2,7 @@
 
 A view is a window of the model's native size on a larger latent. Along one axis of length L, views of length w start every
 `stride` latents; the last one is moved back so that it ends at L (the published code of MultiDiffusion leaves what is
-left over uncovered). With jitter every view moves by a seeded draw, edge views only as far as the canvas reaches.
+left over uncovered). With jitter every view moves by a seeded draw, edge views outwards only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .route import Size
 
 UNIFORM, GAUSSIAN = "uniform", "gaussian"
-INSIDE, ZEROS = "inside", "zeros"
+MIRROR, ZEROS = "mirror", "zeros"
 NO_SHUFFLE, BY_POSITION, BY_CHANNEL = "none", "position", "channel"
 
 
@@ -38,7 +38,7 @@ class Local:
     weights: of a view's latents in the mean, `uniform` or `gaussian` (std `spread` of the view's side, not below `floor` of
     its peak). wrap: (top to bottom, left to right). jitter: each view moves by up to so many latents, in steps of
     `jitter_unit`, drawn anew at each noise level, or once a stage where `jitter_once`. edge: what an edge view meets that
-    moves outwards: it stays `inside`, or sees `zeros` as published. prompts: each view has a prompt of its own.
+    moves outwards: the canvas mirrored, or `zeros` as published.
     """
 
     window: Size
@@ -50,7 +50,7 @@ class Local:
     jitter: int = 0
     jitter_unit: int = 1
     jitter_once: bool = False
-    edge: str = INSIDE
+    edge: str = MIRROR
 
     def views(self, size: Size) -> tuple[tuple[int, int], ...]:
         """(top, left) of every view on a canvas of `size`, without jitter, row by row."""
