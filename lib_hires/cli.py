@@ -24,6 +24,7 @@ JOB_DEFAULTS: dict[str, Any] = {
     "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
     "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
     "report": None, "from_image": None, "controlnet": None,
+    "decode_memory": 0,
 }  # fmt: skip
 HELP = {
     "prompt": "what to draw",
@@ -43,6 +44,7 @@ HELP = {
     "out": "the picture to write (PNG); -1, -2, ... are added to the name in a batch",
     "report": "a JSON report to write",
     "controlnet": "a Canny ControlNet for AccDiffusion v2: a diffusers folder or a file",
+    "decode_memory": "MiB that decoding may take beside the weights, 0 for what is free: larger pictures come in exact tiles",
     "from_image": "repeat the picture of this file from the infotext in it; other flags override",
 }
 

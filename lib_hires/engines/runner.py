@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config.errors import HiresError, SettingError
-from ..plan.describe import describe_plan
+from ..plan.describe import describe_plan, describe_stages
 from ..plan.tiling import Stage
 from ..request import Request
 from ..schedule import Level, NoiseSchedule
@@ -40,15 +40,11 @@ class Runner:
         """What drawing a job would do, in words. Raises `HiresError` as drawing would."""
         components, request, engine_job, session = self._prepare(job)
         Engine(components).check(engine_job)
-        size = (engine_job.height // components.factor, engine_job.width // components.factor)
-        run = samplers.make(engine_job.sampler, components, engine_job.steps)
-        schedule = schedule_of(components)
-        levels = [Level(schedule.progress(t), run.positions[call], run.steps) for call, t in enumerate(run.timesteps)]
+        stages = stages_of(components, request, engine_job, session)
         title = request.method.title if request.method else "Plain sampling"
         head = f"{title}, {components.path.name}, {engine_job.sampler}, {engine_job.steps} steps, batch of {engine_job.batch}:"
-        if session is None:
-            return [head, f"{len(levels)} denoiser calls, the UNet unchanged."]
-        return [head, *describe_plan(session.model, size, session.plan_for(size), levels)]
+        engine = Engine(components, decode_bytes=decode_bytes_of(job))
+        return [head, *_plan_lines(engine, engine_job, session, stages), *engine.estimate(engine_job, session, stages)]
 
     def draw(self, job: Mapping[str, Any], on_step: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Draw a job's pictures, write them and its report, and return the report.
@@ -59,7 +55,9 @@ class Runner:
         with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
             stages = stages_of(components, request, engine_job, session)
             control = load_control(job.get("controlnet"), components)
-            result = _generate(Engine(components, control), engine_job, session, stages, on_step or _advance(bar))
+            result = _generate(
+                Engine(components, control, decode_bytes_of(job)), engine_job, session, stages, on_step or _advance(bar)
+            )
         texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
         files = [str(name) for name in picture_names(Path(job["out"]), engine_job.batch)]
         for picture, name, text in zip(result.images, files, texts):
@@ -85,6 +83,27 @@ class Runner:
         _check_model(job, components)
         engine_job = engine_job_of(job)
         return components, request, engine_job, session_for(components, request, engine_job)
+
+
+def _plan_lines(engine: Engine, job: Job, session: Session | None, stages: tuple[Stage, ...]) -> list[str]:
+    """What each UNet call or stage is, in words."""
+    run = samplers.make(job.sampler, engine.components, job.steps)
+    if session is None:
+        return [f"{len(run.timesteps)} denoiser calls, the UNet unchanged."]
+    if len(stages) > 1 or stages[0].canvas:
+        lines = describe_stages(stages, engine.calls(job, stages))
+        return lines + [f"inside views: {method.title}" for method in session.methods]
+    schedule = engine.schedule()
+    levels = [Level(schedule.progress(t), run.positions[call], run.steps) for call, t in enumerate(run.timesteps)]
+    return describe_plan(session.model, stages[0].size, session.plan_for(stages[0].size), levels)
+
+
+def decode_bytes_of(job: Mapping[str, Any]) -> int | None:
+    """The job's limit for decoding, from MiB; None for what is free. Raises `SettingError`."""
+    limit = job.get("decode_memory") or 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise SettingError("decode_memory", limit, "a whole number of MiB, or 0 for what is free")
+    return limit * 2**20 or None
 
 
 def _check_model(job: Mapping[str, Any], components: Components) -> None:

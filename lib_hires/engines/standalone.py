@@ -26,13 +26,18 @@ from ..randomness import Record, Records, Stream
 from ..schedule import NoiseSchedule, scaled_linear
 from ..stages.progressive import Progressive, StageRun
 from ..unet.attention_maps import AttentionMaps
-from . import prompts, samplers
+from ..vae import needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes
+from . import estimate, prompts, samplers
 from .components import Components
 from .memory import peak_memory
 from .prompts import Conditioning
 from .staged import CanvasDenoiser, edges_of, encode_windows
 
 MAX_SEED = 2**63 - 1
+LATENT_COPIES = 8
+"""Latents of the last size that are held at once: state, reference, noise, sums, grids."""
+CPU_WHOLE, CPU_TILE = 64, 32
+"""On a CPU latents above this side are decoded in tiles of this one: it is as fast and takes a third less memory."""
 NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
 
 
@@ -146,9 +151,12 @@ class NoSession(contextlib.nullcontext):
 class Engine:
     """Draws pictures with a checkpoint's parts."""
 
-    def __init__(self, components: Components, control: Any = None):
-        """control: a Canny ControlNet (diffusers' ControlNetModel) for AccDiffusion v2, or None."""
-        self.components, self.control = components, control
+    def __init__(self, components: Components, control: Any = None, decode_bytes: int | None = None):
+        """control: a Canny ControlNet (diffusers' ControlNetModel) for AccDiffusion v2, or None.
+
+        decode_bytes: memory that decoding may take on the model's device beside the weights; None is what is free.
+        """
+        self.components, self.control, self.decode_bytes = components, control, decode_bytes
 
     def generate(
         self,
@@ -184,6 +192,30 @@ class Engine:
             peak_memory=peak.bytes,
             notes=run.notes,
         )
+
+    def calls(self, job: Job, stages: Sequence[Stage]) -> list[int]:
+        """Denoiser calls of each stage."""
+        starts = [stage_sampler(job, self.components, stage, number) for number, stage in enumerate(stages)]
+        return [len(run.timesteps) - first for run, first, _ in starts]
+
+    @torch.no_grad()
+    def estimate(self, job: Job, session, stages: Sequence[Stage]) -> list[str]:
+        """A line with the time and the memory that a job will take, from calls of the network that are made now."""
+        denoiser, seconds, most = self.denoiser(job), 0.0, 0
+        t = torch.tensor(500.0, device=self.components.device)
+        with NoSession() if session is None else session:
+            for size, count in estimate.sizes_of(stages, self.calls(job, stages)).items():
+                shape = (len(denoiser.conditioning), self.components.latent_channels, *size)
+                (session or NoSession()).at(timestep=500.0, step=0, steps=job.steps)
+                took, needed = estimate.measured(lambda x: _whole(denoiser, x, t), shape, self.components.device)
+                seconds, most = seconds + took * count, max(most, needed)
+        shape = (1, self.components.latent_channels, *stages[-1].size)
+        tiles = self.decode_tiles(shape)
+        number = torch.finfo(self.components.vae.dtype).bits // 8
+        whole = shape[-1] * shape[-2] <= tiles["above"] ** 2
+        decoding = plain_bytes(shape, number) if whole else tiled_bytes(shape, tiles["tile"], number)
+        latents = 4 * job.batch * self.components.latent_channels * shape[-1] * shape[-2] * LATENT_COPIES
+        return [estimate.in_words(seconds, most, decoding, latents)]
 
     def check(self, job: Job) -> None:
         """Raise what is wrong with a job for this model."""
@@ -231,10 +263,27 @@ class Engine:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Latents (B, 4, h, w) to B pictures of (8w, 8h) pixels, one at a time."""
+        """Latents (B, 4, h, w) to B pictures of (8w, 8h) pixels, one at a time; in exact tiles where memory asks for it."""
         vae = self.components.vae
         scaled = (latents / self.components.scaling_factor).to(device=self.components.device, dtype=vae.dtype)
-        return [to_image(vae.decode(each[None], return_dict=False)[0][0]) for each in scaled]
+        with tiled(vae.decoder, **self.decode_tiles(scaled.shape)):
+            return [to_image(vae.decode(each[None], return_dict=False)[0][0]) for each in scaled]
+
+    def decode_tiles(self, shape: Sequence[int]) -> dict[str, int]:
+        """Arguments of `vae.tiled` for latents (B, C, h, w): above which size tiles are taken, and how large they are.
+
+        Raises `SettingError` where the memory limit is too small for the smallest tile.
+        """
+        vae, limit = self.components.vae, self.decode_bytes
+        number = torch.finfo(vae.dtype).bits // 8
+        if limit is None and vae.device.type == "cuda":
+            limit = torch.cuda.mem_get_info(vae.device)[0]
+        if limit is None:
+            return {"above": CPU_WHOLE, "tile": CPU_TILE}
+        one = (1, *shape[1:])
+        if not needs_tiles(one, limit, number):
+            return {"above": max(shape[-2:]), "tile": CPU_TILE}
+        return {"above": 0, "tile": tile_for(limit, number, one)}
 
     def _masked_picture(self, job: Job) -> torch.Tensor | None:
         """An inpainting UNet's further channels for drawing everything anew: a mask of ones and a grey picture's latent."""
@@ -267,12 +316,8 @@ class _Run:
             samplers.check_stages(job.sampler)
 
     def sampler(self, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
-        """(the sampler set to its steps, the first call that is run, the steps that are run)."""
-        run = samplers.make(self.job.sampler, self.engine.components, self.job.steps)
-        if not number:
-            return run, 0, run.steps
-        steps = max(1, round(stage.strength * run.steps))
-        return run, run.begin(run.steps - steps), steps
+        """`stage_sampler` of this job."""
+        return stage_sampler(self.job, self.engine.components, stage, number)
 
     def draw(self) -> torch.Tensor:
         return Progressive(self.stages, self.job.seeds, self.records, self.prepare).run(self.sample)
@@ -336,6 +381,22 @@ class _Run:
                 if self.on_step:
                     self.on_step(self.done, self.total)
         return latents
+
+
+def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
+    """(the sampler set to its steps, the first call that a stage runs, the steps that it runs)."""
+    run = samplers.make(job.sampler, components, job.steps)
+    if not number:
+        return run, 0, run.steps
+    steps = max(1, round(stage.strength * run.steps))
+    return run, run.begin(run.steps - steps), steps
+
+
+def _whole(denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The denoiser on noise of any size; what an inpainting UNet takes beside it is left blank."""
+    extra = denoiser.extra
+    blank = None if extra is None else torch.zeros(1, extra.shape[1], *x.shape[-2:], device=x.device)
+    return denoiser.evaluate(x, t, denoiser.conditioning, blank)
 
 
 def _guided(job: Job) -> bool:

@@ -8,6 +8,7 @@ from ..schedule import Level
 from .method import UNetPlan
 from .models import LATENT_FACTOR, Model
 from .route import Size, find_route, sizes_in_words
+from .tiling import Stage
 
 
 def describe_plan(model: Model, size: Size, plan: UNetPlan, levels: Sequence[Level]) -> list[str]:
@@ -34,3 +35,29 @@ def _call_in_words(model: Model, size: Size, plan: UNetPlan, level: Level) -> st
     windows = plan.windows is not None and plan.windows.gate.is_open(level)
     way = "plain" if route is None else f"{route.words}: {sizes_in_words(route)}"
     return f"{way}, attention in windows at level {plan.windows.level}" if windows else way
+
+
+def describe_stages(stages: Sequence[Stage], calls: Sequence[int]) -> list[str]:
+    """Lines for the stages of a run; `calls`: denoiser calls of each."""
+    lines, total = [], 0
+    for number, (stage, count) in enumerate(zip(stages, calls), start=1):
+        evaluations = count * stage.evaluations()
+        total += evaluations
+        size = f"{stage.size[1] * LATENT_FACTOR}x{stage.size[0] * LATENT_FACTOR}"
+        lines.append(
+            f"stage {number}: {size}, {count} denoiser calls, {evaluations} UNet evaluations ({_canvas_in_words(stage)})"
+        )
+    return [*lines, f"{len(stages)} stage(s), {sum(calls)} denoiser calls, {total} UNet evaluations."]
+
+
+def _canvas_in_words(stage: Stage) -> str:
+    plan = stage.canvas
+    if plan is None:
+        return "the whole picture at once"
+    parts = []
+    if plan.local is not None:
+        height, width = (length * LATENT_FACTOR for length in plan.local.view_size(stage.size))
+        parts.append(f"{len(plan.local.views(stage.size))} views of {width}x{height}")
+    if plan.dilated is not None:
+        parts.append(f"{plan.dilated.dilation**2} dilated grids")
+    return " and ".join(parts) + " a call"
