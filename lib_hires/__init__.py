@@ -15,10 +15,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccDiffusion",
+    "AccDiffusionV2",
     "Common",
     "DeepShrink",
+    "DemoFusion",
     "HiDiffusion",
     "HiresError",
+    "MixtureOfDiffusers",
+    "MultiDiffusion",
     "Request",
     "Session",
     "apply",
@@ -38,21 +43,35 @@ _HOMES = {
     "methods": "methods",
     "HiDiffusion": "unet.hidiffusion",
     "DeepShrink": "unet.deep_shrink",
+    "MultiDiffusion": "canvas.multidiffusion",
+    "MixtureOfDiffusers": "canvas.mixture",
+    "DemoFusion": "canvas.demofusion",
+    "AccDiffusion": "canvas.accdiffusion",
+    "AccDiffusionV2": "canvas.accdiffusion",
 }
 
 
 def patched(unet: Any, *methods: Any, **options: Any) -> Any:
     """A session on `unet` for a `with` block: inside it the UNet draws by `methods`, after it it is what it was.
 
-    methods: settings objects such as `HiDiffusion()` or `DeepShrink(window_attention=True)`.
+    methods: settings objects such as `HiDiffusion()` or `DeepShrink(window_attention=True)`; not those of methods that draw
+    on a canvas, such as `DemoFusion()`, which are no change of a UNet.
     options: `native_size`, `family`, `clock` (see `lib_hires.Common`), `seeds` (one for each image), and the other
     arguments of `lib_hires.Session`. Raises `HiresError` with the setting, its value and what is allowed.
     """
     from difflib import get_close_matches
 
-    from .config import Common, UnknownSetting, schema
+    from .canvas.method import CanvasMethod
+    from .config import Common, HiresError, UnknownSetting, schema
     from .unet.session import Session
 
+    for method in methods:
+        if isinstance(method, CanvasMethod):
+            raise HiresError(
+                f"{method.title} draws on a canvas larger than the model; it is no change of a UNet, so that `patched` and "
+                f"`apply` cannot do it. Run it by the command line, --method {method.name}, or with a "
+                f"lib_hires.Request({type(method).__name__}()) by lib_hires.engines."
+            )
     names = {row.name for row in schema(Common)}
     allowed = [*names, *OPTIONS]
     for name in options:

@@ -19,6 +19,7 @@ from .config.common import Common
 from .config.errors import HiresError, SettingError, UnknownSetting
 from .config.settings import Settings, schema
 from .methods import NONE, methods
+from .plan.method import Method, owned_rows, owners
 
 JOB_DEFAULTS: dict[str, Any] = {
     "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
@@ -212,9 +213,26 @@ def methods_as_json() -> str:
 
 
 def methods_as_markdown() -> str:
-    """The tables of docs/methods.md."""
-    parts = [f"### {cls.title} (`{name}`)\n\n{table(cls)}" for name, cls in methods().items()]
+    """The tables of docs/methods.md: each method's own settings, then once those that methods share."""
+    parts, sharing = [], {}
+    for name, cls in methods().items():
+        shared = [owner for owner in owners(cls) if owner != name]
+        for group in shared:
+            sharing.setdefault(group, []).append(cls)
+        links = ", ".join(f"*{group.capitalize()}*" for group in shared)
+        pieces = [_own_table(cls, name) if name in owners(cls) else "", f"Shared settings: {links}." if shared else ""]
+        parts.append("\n\n".join([f"### {cls.title} (`{name}`)", *filter(None, pieces)]))
+    for group, classes in sharing.items():
+        titles = ", ".join(cls.title for cls in classes)
+        parts.append(f"### {group.capitalize()}, shared by {titles}\n\n{_own_table(classes[0], group)}")
     return "\n\n".join([*parts, f"### With every method\n\n{table(Common)}"])
+
+
+def _own_table(cls: type[Method], owner: str) -> str:
+    """The method's table without the lines of other owners."""
+    head, rule, *lines = table(cls).splitlines()
+    own = [line for line, (whose, _) in zip(lines, owned_rows(cls)) if whose == owner]
+    return "\n".join([head, rule, *own])
 
 
 def methods_as_text() -> str:

@@ -7,10 +7,11 @@ A method that changes the UNet is one file: a `Method` subclass with its setting
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from ..config.common import Common
-from ..config.settings import Settings
+from ..config.settings import Setting, Settings, schema
 from ..schedule import Gate
 from .models import Model
 from .route import Edit, Size
@@ -69,3 +70,32 @@ class Method(Settings):
         Raises `HiresError` where settings and size do not fit.
         """
         return (Stage(size),)
+
+
+@cache
+def owned_rows(cls: type[Method]) -> tuple[tuple[str, Setting], ...]:
+    """(owner, setting) in the order of the schema.
+
+    The owner is the class that declares the setting: by its own `group` what it shares out, otherwise by its `name`.
+    """
+    return tuple((_owner(_declaring(cls, row.name)), row) for row in schema(cls))
+
+
+@cache
+def owners(cls: type[Method]) -> tuple[str, ...]:
+    """The owners of a method's settings: the method itself, if it has some of its own, and its groups, nearest first."""
+    having = {owner for owner, _ in owned_rows(cls)}
+    found = (_owner(base) for base in cls.__mro__ if issubclass(base, Method))
+    return tuple(dict.fromkeys(owner for owner in found if owner in having))
+
+
+def _owner(cls: type[Method]) -> str:
+    own = vars(cls)  # a group is not inherited: it is the name of what this class declares
+    return own.get("group") or own.get("name", "")
+
+
+def _declaring(cls: type[Method], name: str) -> type[Method]:
+    """The nearest class that declares a field: those that inherit it have the same object."""
+    fields = ((base, vars(base).get("__dataclass_fields__", {}).get(name)) for base in cls.__mro__)
+    nearest = cls.__dataclass_fields__[name]
+    return [base for base, field in fields if field is nearest][-1]

@@ -90,7 +90,7 @@ class Progressive:
                 return latents
             if number:
                 latents = match(latents, *anchor, per_channel)
-            else:
+            elif len(self.stages) > 1:
                 anchor = statistics(latents, per_channel)
         return latents
 

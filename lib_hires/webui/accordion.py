@@ -11,8 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..methods import find_method, methods
-from .arguments import COMMON, ENABLED, METHOD, Control, controls, settings_of
+from ..methods import find_method
+from .arguments import COMMON, ENABLED, METHOD, Control, all_owners, controls, owner_title, owners_of, settings_of
 from .paste import infotext_names, paste_functions
 
 try:
@@ -49,35 +49,44 @@ def build_panel(elem_id: Callable[[str], str]) -> Panel:
 
 
 def _fill(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
-    """The body: method, its line of text, simple settings; then the rest. Only the chosen method's groups are shown."""
+    """The body: method, its line of text, simple settings; then the rest.
+
+    One box for each owner (a method, or settings that methods share); those of the chosen method are shown.
+    """
     chosen = controls()[1].setting.default
+    shown = owners_of(find_method(chosen))
     groups = []
     with gr.Row(elem_classes="hires-lab-grid"):
         made[METHOD] = _component(controls()[1], elem_id)
         _add(made, COMMON, True, elem_id)
     about = gr.HTML(_about(chosen), elem_id=elem_id("about"), elem_classes="hires-lab-about")
-    for name, cls in methods().items():
-        with gr.Group(visible=cls.title == chosen) as group:
-            _add(made, name, True, elem_id)
-        groups.append((name, group))
+    for owner in _having(simple=True):
+        with gr.Group(visible=owner in shown) as group:
+            _add(made, owner, True, elem_id)
+        groups.append((owner, group))
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced"), elem_classes="hires-lab-advanced"):
-        for name, cls in methods().items():
-            with gr.Group(visible=cls.title == chosen) as group:
-                _head(cls.title)
+        for owner in _having(simple=False):
+            with gr.Group(visible=owner in shown) as group:
+                _head(owner_title(owner))
                 with gr.Row(elem_classes="hires-lab-grid"):
-                    _add(made, name, False, elem_id)
-            groups.append((name, group))
+                    _add(made, owner, False, elem_id)
+            groups.append((owner, group))
         _head("For every method")
         with gr.Row(elem_classes="hires-lab-grid"):
             _add(made, COMMON, False, elem_id)
 
     def show(title: str) -> list[Any]:
-        chosen = find_method(title)
-        return [_about(title), *(gr.update(visible=bool(chosen) and name == chosen.name) for name, _ in groups)]
+        shown = owners_of(find_method(title))
+        return [_about(title), *(gr.update(visible=owner in shown) for owner, _ in groups)]
 
     made[METHOD].change(
         show, [made[METHOD]], [about, *(group for _, group in groups)], show_progress=False, queue=False
     )
+
+
+def _having(simple: bool) -> list[str]:
+    """The owners that have settings of one kind: an empty box would be seen."""
+    return [owner for owner in all_owners() if any(control.setting.simple == simple for control in settings_of(owner))]
 
 
 def _about(title: str) -> str:

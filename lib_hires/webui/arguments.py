@@ -1,8 +1,10 @@
 """The controls in their order, and what a WebUI or its API passes for them, as a request. No gradio, no host.
 
-positional   [enabled, method, each common setting, each setting of the first method, of the second, ...]
+positional   [enabled, method, each common setting, those of each method, those that methods share, group by group]
 named        [{"method": "hidiffusion", "strength": 1.2}]          what follows the dict is ignored
 override     {"method": "deep_shrink", "deep_shrink.stop2": 0.4}   an XYZ cell's values, by the controls' keys
+
+A setting that methods share has one control, of its group: `views.overlap`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ..config.errors import SettingError
 from ..config.settings import Setting, schema
 from ..hosts.protocol import Asked
 from ..methods import NONE, find_method, methods
+from ..plan.method import Method, owned_rows, owners
 from ..request import Request
 
 ENABLED, METHOD, COMMON = "enabled", "method", "common"
@@ -25,7 +28,7 @@ ENABLED, METHOD, COMMON = "enabled", "method", "common"
 
 @dataclass(frozen=True)
 class Control:
-    """One control. `owner`: whose setting it is (`common`, a method's name, empty for the two above them)."""
+    """One control. `owner`: whose setting it is (`common`, a method's name, a group's, empty for the two above them)."""
 
     key: str
     owner: str
@@ -58,8 +61,27 @@ def controls() -> tuple[Control, ...]:
             ),
         ),
     )
-    owners = ((COMMON, Common), *methods().items())
-    return top + tuple(Control(f"{owner}.{row.name}", owner, row) for owner, cls in owners for row in schema(cls))
+    rows = {(COMMON, row.name): row for row in schema(Common)}
+    for owner in all_owners():
+        rows |= {(owner, row.name): row for cls in methods().values() for whose, row in owned_rows(cls) if whose == owner}
+    return top + tuple(Control(f"{owner}.{name}", owner, row) for (owner, name), row in rows.items())
+
+
+@cache
+def all_owners() -> tuple[str, ...]:
+    """Whose settings there are beside the common ones: the methods that have some of their own, then the groups."""
+    found = dict.fromkeys(owner for cls in methods().values() for owner in owners(cls))
+    return tuple(sorted(found, key=lambda owner: owner not in methods()))
+
+
+def owners_of(method: type[Method] | None) -> tuple[str, ...]:
+    """The owners of all that counts for a method, the common settings among them."""
+    return (COMMON, *owners(method)) if method else (COMMON,)
+
+
+def owner_title(owner: str) -> str:
+    """A method's title, or a group's name as a heading."""
+    return methods()[owner].title if owner in methods() else owner.capitalize()
 
 
 def settings_of(owner: str) -> tuple[Control, ...]:
@@ -72,7 +94,7 @@ def describe_arguments() -> str:
     lines = ["| position | setting | of | default | allowed |", "|---|---|---|---|---|"]
     for position, control in enumerate(controls()):
         row = control.setting
-        owner = methods()[control.owner].title if control.owner in methods() else control.owner or "the script"
+        owner = owner_title(control.owner) or "The script"
         lines.append(f"| {position} | `{row.name}` | {owner} | {format_default(row)} | {row.allowed} |")
     return "\n".join(lines)
 
@@ -92,10 +114,10 @@ def read_arguments(args: Sequence[Any], override: Mapping[str, Any] | None = Non
     notes = []
     for key, value in override.items():
         owner, _, name = key.partition(".")
-        if owner in (COMMON, method.name):
+        if owner in owners_of(method):
             values[name] = value
         else:
-            notes.append(f"'{name}' of {methods()[owner].title} has no effect: the method is {method.title}.")
+            notes.append(f"'{name}' of {owner_title(owner)} has no effect: the method is {method.title}.")
     return Asked(Request.from_dict({**values, METHOD: method.name}), tuple(notes))
 
 
@@ -115,9 +137,8 @@ def _read_positional(args: Sequence[Any], method: str | None, on: bool) -> tuple
     method = given.get(METHOD, controls()[1].setting.default) if method is None else method
     if not enabled:
         return False, NONE, {}
-    found = find_method(method)
-    owners = (COMMON, found.name) if found else (COMMON,)
-    values = {c.setting.name: given[c.key] for c in controls() if c.owner in owners and c.key in given}
+    wanted = owners_of(find_method(method))
+    values = {c.setting.name: given[c.key] for c in controls() if c.owner in wanted and c.key in given}
     return True, method, values
 
 

@@ -1,8 +1,8 @@
 """From a picture's infotext back into the controls: one function for each control, generated from the schema.
 
 A picture without `HL Method` switches Hires Lab off and leaves the rest. With it, the common settings and those of its
-method take the picture's values (what is not written takes its default, as `Request.from_infotext` reads it); the
-settings of other methods stay as they are.
+method, shared or its own, take the picture's values (what is not written takes its default, as `Request.from_infotext`
+reads it); the settings of other methods stay as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..methods import find_method
 from ..request import METHOD_KEY
-from .arguments import COMMON, ENABLED, METHOD, Control, controls
+from .arguments import ENABLED, METHOD, Control, controls, owners_of
 
 
 def paste_functions() -> list[Callable[[Mapping[str, Any]], Any]]:
@@ -34,7 +34,7 @@ def _reader(control: Control) -> Callable[[Mapping[str, Any]], Any]:
             return None
         if control.key == METHOD:
             return method.title
-        if control.owner not in (COMMON, method.name):
+        if control.owner not in owners_of(method):
             return None
         return control.setting.check(keys.get(control.setting.infotext, control.setting.default))
 

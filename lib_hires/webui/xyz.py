@@ -1,4 +1,4 @@
-"""XYZ grid axes, generated from the schema: `[Hires Lab] Method`, and one axis for each setting.
+"""XYZ grid axes, generated from the schema: `[Hires Lab] Method`, and one axis for each setting, shared or not.
 
 An axis puts its value into an attribute of the cell's `p`, under its control's key; `read_arguments` lets it win over
 the accordion and switches Hires Lab on in that cell.

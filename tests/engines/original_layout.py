@@ -14,33 +14,51 @@ from transformers import CLIPTextConfig, CLIPTextModel
 VOCABULARY = 49408
 
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 TOP = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 UNETS = {
     "sd1": {
-        "block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8, "cross_attention_dim": 64,
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 64,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     },
     "sd2": {
-        "block_out_channels": (64, 64, 128, 128), "attention_head_dim": (1, 1, 2, 2), "cross_attention_dim": 64,
+        "block_out_channels": (64, 64, 128, 128),
+        "attention_head_dim": (1, 1, 2, 2),
+        "cross_attention_dim": 64,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "use_linear_projection": True,
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "use_linear_projection": True,
     },
     "sdxl": {
-        "block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2), "cross_attention_dim": 128,
+        "block_out_channels": (64, 64, 128),
+        "attention_head_dim": (1, 1, 2),
+        "cross_attention_dim": 128,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 3), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 64 + 96,
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 64 + 96,
     },
 }
 
@@ -53,17 +71,26 @@ def tiny_unet(family: str, in_channels: int = 4) -> UNet2DConditionModel:
 def tiny_vae() -> AutoencoderKL:
     torch.manual_seed(2)
     return AutoencoderKL(
-        block_out_channels=(32,) * 4, latent_channels=4, layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     ).eval()
 
 
 def tiny_clip() -> CLIPTextModel:
     torch.manual_seed(3)
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        eos_token_id=VOCABULARY - 1,
-    )).eval()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            eos_token_id=VOCABULARY - 1,
+        )
+    ).eval()
 
 
 class OpenClipText(nn.Module):
@@ -109,7 +136,8 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     layers = unet.config.layers_per_block
     attended_up = [kind.startswith("CrossAttn") for kind in unet.config.up_block_types]
     return {
-        f"model.diffusion_model.{_unet_name(name, layers, attended_up)}": value for name, value in unet.state_dict().items()
+        f"model.diffusion_model.{_unet_name(name, layers, attended_up)}": value
+        for name, value in unet.state_dict().items()
     }
 
 

@@ -22,7 +22,10 @@ def inputs(unet, seed=0):
     context = torch.randn(2, 77, config.cross_attention_dim, generator=made)
     added = None
     if config.addition_embed_type:
-        added = {"text_embeds": torch.randn(2, 64, generator=made), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+        added = {
+            "text_embeds": torch.randn(2, 64, generator=made),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
+        }
     return (x, torch.tensor(500)), {"encoder_hidden_states": context, "added_cond_kwargs": added}
 
 
@@ -45,9 +48,14 @@ def test_a_single_file_computes_what_the_networks_in_it_did(tiny, family):
         assert torch.equal(loaded.vae.decode(latent).sample, parts["vae"].decode(latent).sample)
 
 
-@pytest.mark.parametrize("family, scaling, prediction", [
-    ("sd1", 0.18215, "epsilon"), ("sd2", 0.18215, "v_prediction"), ("sdxl", 0.13025, "epsilon"),
-])
+@pytest.mark.parametrize(
+    "family, scaling, prediction",
+    [
+        ("sd1", 0.18215, "epsilon"),
+        ("sd2", 0.18215, "v_prediction"),
+        ("sdxl", 0.13025, "epsilon"),
+    ],
+)
 def test_what_shapes_cannot_tell_follows_the_family(tiny, family, scaling, prediction):
     loaded = checkpoint.load(tiny(family)[0])
     assert (loaded.scaling_factor, loaded.prediction_type) == (scaling, prediction)
@@ -58,19 +66,31 @@ def test_what_shapes_cannot_tell_follows_the_family(tiny, family, scaling, predi
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 PUBLISHED = {  # from the unet/config.json of the diffusers releases
     "sd1": {
-        "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (8, 8, 8, 8), "cross_attention_dim": 768,
-        "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "use_linear_projection": False,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (8, 8, 8, 8),
+        "cross_attention_dim": 768,
+        "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
+        "use_linear_projection": False,
         "transformer_layers_per_block": (1, 1, 1, 1),
     },
     "sd2": {
-        "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
-        "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "use_linear_projection": True,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+        "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
+        "use_linear_projection": True,
         "transformer_layers_per_block": (1, 1, 1, 1),
     },
     "sdxl": {
-        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "down_block_types": (PLAIN, CROSS, CROSS), "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 10),
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "down_block_types": (PLAIN, CROSS, CROSS),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
 }
 
@@ -99,9 +119,20 @@ def test_ldms_own_unet_gives_the_same_answer(tiny, tmp_path, monkeypatch, linear
     openaimodel = ldm_module("openaimodel", monkeypatch)
     torch.manual_seed(5)
     theirs = openaimodel.UNetModel(
-        image_size=8, in_channels=4, out_channels=4, model_channels=64, attention_resolutions=[4, 2, 1], num_res_blocks=2,
-        channel_mult=[1, 2], use_spatial_transformer=True, transformer_depth=1, context_dim=64, use_checkpoint=False,
-        legacy=False, use_linear_in_transformer=linear, **heads,
+        image_size=8,
+        in_channels=4,
+        out_channels=4,
+        model_channels=64,
+        attention_resolutions=[4, 2, 1],
+        num_res_blocks=2,
+        channel_mult=[1, 2],
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        context_dim=64,
+        use_checkpoint=False,
+        legacy=False,
+        use_linear_in_transformer=linear,
+        **heads,
     ).eval()
     with torch.no_grad():
         for weight in theirs.parameters():  # ldm starts some layers at zero, which would hide what they do
@@ -123,8 +154,16 @@ def test_ldms_own_autoencoder_gives_the_same_picture(tiny, tmp_path, monkeypatch
     model = ldm_module("model", monkeypatch)
     torch.manual_seed(6)
     shape = {
-        "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2, 2],
-        "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 32,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 2, 2],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
     }
     encoder, decoder = model.Encoder(**shape).eval(), model.Decoder(**shape).eval()
     quant, post = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(4, 4, 1)
@@ -196,8 +235,10 @@ def test_a_unet_that_answers_with_its_input_is_taken_for_an_eps_model(components
 
 def test_half_precision_files_are_computed_in_fp32_on_a_cpu(tiny, tmp_path):
     _, tensors, parts = tiny("sd1")
-    save_file({name: value.half() if value.is_floating_point() else value for name, value in tensors.items()},
-              tmp_path / "half.safetensors")
+    save_file(
+        {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()},
+        tmp_path / "half.safetensors",
+    )
     loaded = checkpoint.load(tmp_path / "half.safetensors", dtype=torch.float16)
     assert loaded.dtype is torch.float32
     assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.float32}
@@ -246,16 +287,28 @@ def without(start):
     return lambda tensors: {name: value for name, value in tensors.items() if not name.startswith(start)}
 
 
-@pytest.mark.parametrize("change, words", [
-    (without("first_stage_model."), "has no autoencoder"),
-    (without("cond_stage_model."), "has no text encoder"),
-    (without("model.diffusion_model.middle_block.0.in_layers.0."), "does not fit: missing mid_block.resnets.0.norm1"),
-    (without("first_stage_model.quant_conv.bias"), "the autoencoder of 'bad.safetensors' does not fit"),
-    (lambda tensors: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
-    (lambda tensors: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(1)}, "diffusion transformer"),
-    (lambda tensors: {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.ones(1)}, "diffusion transformer"),
-    (lambda tensors: {"weight": torch.ones(1)}, "is not a Stable Diffusion checkpoint"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without("first_stage_model."), "has no autoencoder"),
+        (without("cond_stage_model."), "has no text encoder"),
+        (
+            without("model.diffusion_model.middle_block.0.in_layers.0."),
+            "does not fit: missing mid_block.resnets.0.norm1",
+        ),
+        (without("first_stage_model.quant_conv.bias"), "the autoencoder of 'bad.safetensors' does not fit"),
+        (lambda tensors: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
+        (
+            lambda tensors: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(1)},
+            "diffusion transformer",
+        ),
+        (
+            lambda tensors: {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.ones(1)},
+            "diffusion transformer",
+        ),
+        (lambda tensors: {"weight": torch.ones(1)}, "is not a Stable Diffusion checkpoint"),
+    ],
+)
 def test_a_file_that_is_no_complete_checkpoint_is_named_for_what_it_is(tiny, tmp_path, change, words):
     save_file(change(tiny("sd1")[1]), tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=words) as caught:

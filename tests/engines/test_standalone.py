@@ -10,7 +10,8 @@ import torch
 
 from lib_hires.config.errors import HiresError, SettingError
 from lib_hires.engines import checkpoint, samplers
-from lib_hires.engines.standalone import Denoiser, Engine, Job, count_calls
+from lib_hires.engines.denoiser import Denoiser, count_calls
+from lib_hires.engines.standalone import Engine, Job
 
 SMALL = {"width": 64, "height": 64, "steps": 3, "cfg": 4.0}
 ADDING_NOISE = ("euler_a", "dpm2_a", "dpmpp_2m_sde", "ddim_eta1", "lcm")
@@ -149,7 +150,9 @@ def test_cfg_1_asks_for_the_positive_prompt_only_and_equals_full_guidance_of_one
 
 def test_the_report_counts_what_ran(engine):
     result = engine.generate(Job("a star", sampler="heun", **SMALL))
-    assert result.stages == [{"width": 64, "height": 64, "unet_calls": 5, "seconds": result.stages[0]["seconds"]}]
+    assert result.stages == [
+        {"width": 64, "height": 64, "unet_calls": 5, "unet_evaluations": 5, "seconds": result.stages[0]["seconds"]}
+    ]
     assert 0 < result.stages[0]["seconds"] < result.seconds
     assert result.peak_memory > 50e6
     assert result.latents.dtype is torch.float32 and result.latents.device.type == "cpu"
@@ -215,15 +218,18 @@ def test_a_unet_that_needs_a_picture_is_refused(tiny):
         Engine(checkpoint.load(tiny("sd1", 5)[0])).generate(Job("a star", **SMALL))
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"width": 100}, "'width' is 100, must be a multiple of 8 (pixels per latent). Use 96 or 104."),
-    ({"height": 12}, "'height' is 12, must be a multiple of 8 (pixels per latent). Use 8 or 16."),
-    ({"steps": 0}, "'steps' is 0, must be between 1 and 1000. Raise it."),
-    ({"batch": 0}, "'batch' is 0, must be between 1 and 1024. Raise it."),
-    ({"cfg": 101}, "'cfg' is 101, must be between 0 and 100. Lower it."),
-    ({"seed": -1}, "'seed' is -1, must be between"),
-    ({"sampler": "plms"}, "'sampler' is 'plms', must be one of euler, "),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"width": 100}, "'width' is 100, must be a multiple of 8 (pixels per latent). Use 96 or 104."),
+        ({"height": 12}, "'height' is 12, must be a multiple of 8 (pixels per latent). Use 8 or 16."),
+        ({"steps": 0}, "'steps' is 0, must be between 1 and 1000. Raise it."),
+        ({"batch": 0}, "'batch' is 0, must be between 1 and 1024. Raise it."),
+        ({"cfg": 101}, "'cfg' is 101, must be between 0 and 100. Lower it."),
+        ({"seed": -1}, "'seed' is -1, must be between"),
+        ({"sampler": "plms"}, "'sampler' is 'plms', must be one of euler, "),
+    ],
+)
 def test_errors_name_the_setting_its_value_and_what_to_do(engine, values, words):
     with pytest.raises(SettingError) as caught:
         engine.generate(Job("a star", **{"width": 64, "height": 64, **values}))

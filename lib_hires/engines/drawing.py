@@ -1,0 +1,128 @@
+"""A job while it is drawn: one sampling loop for each stage, and what later stages need of earlier ones."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch.nn import functional as F
+
+from ..plan.route import Size
+from ..plan.tiling import Stage
+from ..randomness import Records
+from ..stages.progressive import Progressive, StageRun
+from ..unet.attention_maps import AttentionMaps
+from . import samplers
+from .components import Components
+from .denoiser import Denoiser, NoSession, count_calls, predict
+from .job import Job
+from .staged import CanvasDenoiser, edges_of, encode_windows
+
+NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
+
+
+class Drawing:
+    """One job while it is drawn: its stages, the attention maps that later stages need, the reports."""
+
+    def __init__(self, engine, job: Job, session, on_step, stages, records: Records, on_latents=None, denoiser=None):
+        self.engine, self.job, self.stages, self.records = engine, job, stages, records
+        self.session = NoSession() if session is None else session
+        self.on_step, self.on_latents = on_step, on_latents
+        self.denoiser = engine.denoiser(job) if denoiser is None else denoiser
+        self.images = tuple(range(job.batch)) * (2 if job.guided else 1)
+        self.reports: list[dict] = []
+        self.notes: list[str] = []
+        self.done = 0
+        self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages))
+        wanted = [stage.canvas for stage in stages[1:] if stage.canvas]
+        self.maps = AttentionMaps(engine.components.unet) if any(c.window_prompts for c in wanted) else None
+        if any(c.edges for c in wanted) and engine.control is None:
+            self.notes.append(NO_CONTROL)
+        if any(c.skip_residual for c in wanted):
+            samplers.check_stages(job.sampler)
+
+    def sampler(self, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
+        """`stage_sampler` of this job."""
+        return stage_sampler(self.job, self.engine.components, stage, number)
+
+    def draw(self) -> torch.Tensor:
+        """Run all stages: latents (B, 4, h, w) fp32 on the device."""
+        return Progressive(self.stages, self.job.seeds, self.records, self.prepare).run(self.sample)
+
+    def prepare(self, stage_run: StageRun) -> None:
+        """Window prompts from the first stage's attention maps, edges from the picture of the stage before."""
+        plan = stage_run.stage.canvas
+        if plan and plan.window_prompts:
+            stage_run.prompts = encode_windows(
+                self.engine.components, self.job.prompt, self.maps, stage_run, self.job.batch
+            )
+        if plan and plan.edges and self.engine.control is not None:
+            stage_run.hint = edges_of(self.engine.decode(self.latents), stage_run, self.engine.components.device)
+
+    def sample(self, stage_run: StageRun) -> torch.Tensor:
+        """One stage: latents (B, 4, h, w) fp32 on the device."""
+        started = time.perf_counter()
+        run, first, _ = self.sampler(stage_run.stage, stage_run.number)
+        noise, generators = self.engine.noise(self.job, stage_run.size, self.records.get("initial noise"))
+        latents = noise * run.initial_sigma
+        if stage_run.reference is not None:
+            latents = run.noised(stage_run.reference, stage_run.noise, first)
+        gathering = self.maps if stage_run.number == 0 and self.maps is not None else contextlib.nullcontext()
+        with count_calls(self.engine.components.unet) as calls, self.session, gathering:
+            latents = self.loop(stage_run, run, first, latents, generators)
+        self.latents = latents
+        factor = self.engine.components.factor
+        self.reports.append(
+            {
+                "width": stage_run.size[1] * factor,
+                "height": stage_run.size[0] * factor,
+                "unet_calls": calls.total,
+                "unet_evaluations": calls.rows // len(self.images),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return latents
+
+    def loop(self, stage_run: StageRun, run: samplers.Run, first: int, latents: torch.Tensor, generators):
+        """The sampling loop from the call `first` on."""
+        schedule, job = self.engine.schedule(), self.job
+        timesteps = torch.tensor(run.timesteps, device=self.engine.components.device)
+        denoiser = _fitted(self.denoiser, stage_run.size)
+        if stage_run.canvas is not None:
+            denoiser = CanvasDenoiser(denoiser, self.images, job.cfg, stage_run, self.session, self.engine.control)
+        for call in range(first, len(run.timesteps)):
+            moment = schedule.moment(timestep=run.timesteps[call])
+            step = run.positions[call] - run.positions[first]
+            self.session.at(timestep=moment.timestep, step=run.positions[call], steps=run.steps)
+            if self.maps is not None and self.maps.is_open:
+                self.maps.rows([None] * (len(self.images) - job.batch) + list(range(job.batch)))
+            if stage_run.canvas is not None:
+                denoiser.at(moment, step, run.steps - run.positions[first])
+                latents = stage_run.pull(latents, moment, run.initial_sigma == 1)
+            prediction = predict(denoiser, run.scaled(latents, call), timesteps[call], job)
+            latents = run.step(prediction, latents, call, generators)
+            if self.on_latents:
+                self.on_latents(stage_run.number, call, latents)
+            if run.completed[call] > (run.completed[call - 1] if call else 0):
+                self.done += 1
+                if self.on_step:
+                    self.on_step(self.done, self.total)
+        return latents
+
+
+def _fitted(denoiser, size: Size):
+    """The denoiser with what an inpainting UNet takes beside the latents (nothing is kept, all grey) at a stage's size."""
+    extra = getattr(denoiser, "extra", None)
+    if extra is None or tuple(extra.shape[-2:]) == tuple(size):
+        return denoiser
+    return Denoiser(denoiser.unet, denoiser.conditioning, F.interpolate(extra, size=tuple(size), mode="nearest"))
+
+
+def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
+    """(the sampler set to its steps, the first call that a stage runs, the steps that it runs)."""
+    run = samplers.make(job.sampler, components, job.steps)
+    if not number:
+        return run, 0, run.steps
+    steps = max(1, round(stage.strength * run.steps))
+    return run, run.begin(run.steps - steps), steps
