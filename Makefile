@@ -8,5 +8,6 @@ test:
 	$(PYTHON) install.py --test $(ARGS)
 bench:
 	$(PYTHON) install.py --bench $(ARGS)
+	$(PYTHON) install.py --bench-canvas
 lint:
 	$(PYTHON) install.py --lint $(ARGS)

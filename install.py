@@ -3,7 +3,7 @@
     (started by a WebUI)         makes sure that einops, numpy and OpenCV are there; touches nothing that is, never torch
     python install.py --demo     makes .venv, fills it, draws the demo
     python install.py --test     makes .venv, fills it, runs the tests (further arguments go to pytest)
-    python install.py --bench    the same for the benchmarks, --lint for ruff, --only-install for nothing more
+    python install.py --bench    the same for the benchmarks (--bench-canvas: of canvas methods), --lint for ruff, --only-install for nothing more
 
 Python's own library only: this runs before anything is installed.
 """
@@ -26,6 +26,7 @@ COMMANDS = {
     "--demo": ("standalone", ["-m", "benchmarks.demo"]),
     "--test": ("standalone,test", ["-m", "pytest"]),
     "--bench": ("standalone,test", ["-m", "benchmarks.speed"]),
+    "--bench-canvas": ("standalone,test", ["-m", "benchmarks.canvas"]),
     "--lint": ("standalone,test", ["-m", "ruff", "check"]),
     "--only-install": ("standalone,test", ["-c", "print('Installed.')"]),
 }
@@ -42,7 +43,9 @@ def install_for_host() -> None:
 def fill_environment(extras: str) -> Path:
     """The interpreter of .venv with the project's `extras` installed; quick when it is there already."""
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        sys.exit(f"Hires Lab: Python {sys.version.split()[0]} found, 3.10 to 3.13 needed. Start this with another Python.")
+        sys.exit(
+            f"Hires Lab: Python {sys.version.split()[0]} found, 3.10 to 3.13 needed. Start this with another Python."
+        )
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         print(f"Making {VENV}")

@@ -24,7 +24,10 @@ def out(tmp_path):
 
 def test_a_picture_and_its_report_are_written(out, tmp_path, capsys):
     report = tmp_path / "report.json"
-    assert run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--seed", "5", "--out", str(out), "--report", str(report)]) == 0
+    assert (
+        run([*DRAW, "--method", "hidiffusion", *BIG_ENOUGH, "--seed", "5", "--out", str(out), "--report", str(report)])
+        == 0
+    )
     with Image.open(out) as picture:
         assert picture.size == (128, 104)
     told = json.loads(report.read_text())
@@ -37,8 +40,26 @@ def test_a_picture_and_its_report_are_written(out, tmp_path, capsys):
 
 
 def test_a_picture_is_repeated_from_its_own_infotext(out, tmp_path):
-    run([*DRAW, "--negative", "blur, noise: all", "--method", "deep_shrink", *BIG_ENOUGH, "--set", "stop2=0.6", "--seed", "7",
-         "--cfg", "3.5", "--sampler", "euler_a", "--out", str(out)])
+    run(
+        [
+            *DRAW,
+            "--negative",
+            "blur, noise: all",
+            "--method",
+            "deep_shrink",
+            *BIG_ENOUGH,
+            "--set",
+            "stop2=0.6",
+            "--seed",
+            "7",
+            "--cfg",
+            "3.5",
+            "--sampler",
+            "euler_a",
+            "--out",
+            str(out),
+        ]
+    )
     again = tmp_path / "again.png"
     run(["generate", "--from-image", str(out), "--quiet", "--out", str(again)])
     assert again.read_bytes() == out.read_bytes()
@@ -68,8 +89,15 @@ def test_every_picture_of_a_batch_is_the_one_drawn_alone(out, tmp_path):
 
 def test_jobs_are_drawn_in_one_process_over_the_flags(tmp_path):
     jobs = tmp_path / "jobs.jsonl"
-    lines = [{"prompt": "a star", "out": str(tmp_path / "1.png")},
-             {"prompt": "a ring", "method": "hidiffusion", "set": {"native_size": 64, "strength": 2}, "out": str(tmp_path / "2.png")}]
+    lines = [
+        {"prompt": "a star", "out": str(tmp_path / "1.png")},
+        {
+            "prompt": "a ring",
+            "method": "hidiffusion",
+            "set": {"native_size": 64, "strength": 2},
+            "out": str(tmp_path / "2.png"),
+        },
+    ]
     jobs.write_text("\n\n".join(json.dumps(line) for line in lines))
     assert run(["generate", "--jobs", str(jobs), *SMALL]) == 0
     assert (tmp_path / "1.png").exists() and (tmp_path / "2.png").exists()
@@ -129,8 +157,19 @@ def test_a_jobs_line_that_is_wrong_is_named(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        {"negative": None}, {"sampler": []}, {"out": 1.5}, {"report": []}, {"checkpoint": 0}, {"set": None}, {"set": [1]},
-        {"set": {"method": "none"}}, {"method": None}, {"prompt": "a\ud800"}, {"prompt": "a\0"}, {"width": "64"}, {"cfg": True},
+        {"negative": None},
+        {"sampler": []},
+        {"out": 1.5},
+        {"report": []},
+        {"checkpoint": 0},
+        {"set": None},
+        {"set": [1]},
+        {"set": {"method": "none"}},
+        {"method": None},
+        {"prompt": "a\ud800"},
+        {"prompt": "a\0"},
+        {"width": "64"},
+        {"cfg": True},
     ],
 )
 def test_a_value_of_the_wrong_kind_is_a_sentence_naming_it(line):
@@ -179,14 +218,18 @@ def picture_saying(path, text):
     return path
 
 
-@pytest.mark.parametrize("keys", ["Size: 64, Seed: 1", "Size: axb, Seed: 1", "Size: 64x64, Seed: 1e3", "Size: 64x64, Seed: 1, CFG scale: x"])
+@pytest.mark.parametrize(
+    "keys", ["Size: 64, Seed: 1", "Size: axb, Seed: 1", "Size: 64x64, Seed: 1e3", "Size: 64x64, Seed: 1, CFG scale: x"]
+)
 def test_broken_parameters_are_named(tmp_path, keys):
     with pytest.raises(SettingError, match="parameters are broken"):
         complete({"from_image": str(picture_saying(tmp_path / "p.png", f"a\nSteps: 2, Model: m, {keys}"))}, {})
 
 
 def test_a_webuis_picture_is_repeated_with_its_sampler_and_not_by_another_model(tmp_path):
-    text = "a star\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4, Seed: 1, Size: 64x64, Model: dream"
+    text = (
+        "a star\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4, Seed: 1, Size: 64x64, Model: dream"
+    )
     image = str(picture_saying(tmp_path / "p.png", text))
     assert complete({"from_image": image}, {})["sampler"] == "dpmpp_2m_karras"
     with pytest.raises(HiresError, match="drawn by the model 'dream'"):
@@ -213,8 +256,27 @@ def test_drawing_leaves_the_global_generators_alone(out):
 def test_methods_are_listed_with_every_setting(capsys):
     run(["methods", "--json"])
     listing = json.loads(capsys.readouterr().out)
-    assert set(listing["methods"]) >= {"hidiffusion", "deep_shrink"}
+    assert set(listing["methods"]) >= {"hidiffusion", "deep_shrink", "multidiffusion", "accdiffusion_v2"}
+    assert {"overlap", "max_step", "word_share", "edge_end"} <= {
+        row["name"] for row in listing["methods"]["accdiffusion_v2"]["settings"]
+    }
     names = {row["name"] for row in listing["methods"]["hidiffusion"]["settings"]}
     assert {"raunet", "window_attention", "t1", "strength"} <= names
     run(["methods"])
     assert "use it when" in capsys.readouterr().out
+
+
+def test_the_tables_name_every_setting_once_under_its_method_or_under_those_that_share_it(capsys):
+    run(["methods", "--markdown"])
+    parts = {part.partition("\n")[0]: part for part in capsys.readouterr().out.split("### ")[1:]}
+    rows = [
+        line.split("|")[1].strip() for part in parts.values() for line in part.splitlines() if line.startswith("| `")
+    ]
+    assert rows.count("`overlap`") == rows.count("`word_share`") == rows.count("`native_size`") == 1
+    assert (
+        "`overlap`"
+        in parts["Views, shared by AccDiffusion, AccDiffusion v2, DemoFusion, Mixture of Diffusers, MultiDiffusion"]
+    )
+    mixture = parts["Mixture of Diffusers (`mixture_of_diffusers`)"]
+    assert "`spread`" in mixture and "`overlap`" not in mixture and "Shared settings: *Views*." in mixture
+    assert "|" not in parts["DemoFusion (`demofusion`)"] and "*Stages*, *Views*." in parts["DemoFusion (`demofusion`)"]

@@ -16,6 +16,13 @@ def test_the_settings_tables_are_those_of_the_schema():
     assert written == methods_as_markdown()
 
 
+def test_every_method_has_a_section_that_says_where_it_comes_from():
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8").partition("<!-- settings -->")[0]
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## ")[1:]}
+    for cls in methods().values():
+        assert "Source: " in sections[cls.title], cls.title
+
+
 def test_every_method_stands_in_the_readme():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     for cls in methods().values():

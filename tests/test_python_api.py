@@ -20,9 +20,14 @@ from lib_hires.engines import checkpoint
 def pipe():
     parts = checkpoint.load()
     result = StableDiffusionPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoders[0], tokenizer=parts.tokenizers[0], unet=parts.unet,
+        vae=parts.vae,
+        text_encoder=parts.text_encoders[0],
+        tokenizer=parts.tokenizers[0],
+        unet=parts.unet,
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     result.set_progress_bar_config(disable=True)
     return result
@@ -30,7 +35,11 @@ def pipe():
 
 def draw(pipe, width=256, height=192):
     return pipe(
-        "a red star on a blue background", width=width, height=height, num_inference_steps=3, output_type="latent",
+        "a red star on a blue background",
+        width=width,
+        height=height,
+        num_inference_steps=3,
+        output_type="latent",
         generator=torch.Generator().manual_seed(7),
     ).images
 
@@ -152,6 +161,11 @@ def test_a_network_that_is_forgotten_while_patched_can_be_collected():
         (lambda unet: lib_hires.patched(unet, HiDiffusion(), native=64), "Did you mean 'native_size'"),
         (lambda unet: lib_hires.patched(unet, HiDiffusion()).at(timestep=float("nan")), "finite"),
         (lambda unet: lib_hires.patched(None, HiDiffusion()), "not a UNet"),
+        (
+            lambda unet: lib_hires.patched(unet, HiDiffusion(), lib_hires.DemoFusion()),
+            "DemoFusion .* no change of a UNet",
+        ),
+        (lambda unet: lib_hires.apply(unet, lib_hires.MultiDiffusion()), "--method multidiffusion"),
     ],
 )
 def test_wrong_arguments_are_sentences(call, words):

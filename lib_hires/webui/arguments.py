@@ -63,7 +63,9 @@ def controls() -> tuple[Control, ...]:
     )
     rows = {(COMMON, row.name): row for row in schema(Common)}
     for owner in all_owners():
-        rows |= {(owner, row.name): row for cls in methods().values() for whose, row in owned_rows(cls) if whose == owner}
+        rows |= {
+            (owner, row.name): row for cls in methods().values() for whose, row in owned_rows(cls) if whose == owner
+        }
     return top + tuple(Control(f"{owner}.{name}", owner, row) for (owner, name), row in rows.items())
 
 

@@ -81,16 +81,22 @@ class Pipeline:
             pooled = answer[0]
         return torch.cat(hidden, -1), pooled
 
-    def noise_prediction(self, latents, t, text, guidance, crop=(0, 0)):
-        """u + guidance (c - u) for one latent, its input scaled with the sigma of t."""
+    def noise_predictions(self, latents, t, texts, guidance, crops):
+        """u + guidance (c - u) for latents (K, 4, h, w), the input scaled with the sigma of t; K texts and crops."""
         self.scheduler._step_index = None
         x = self.scheduler.scale_model_input(latents, t)
-        ids = torch.tensor([[*self.final_px, *crop, *self.final_px]], dtype=torch.float32)
-        answers = []
-        for context, pooled in (self.negative, text):
-            added = {"text_embeds": pooled, "time_ids": ids}
-            answers.append(self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample)
-        return answers[0] + guidance * (answers[1] - answers[0])
+        ids = torch.tensor([[*self.final_px, *crop, *self.final_px] for crop in crops], dtype=torch.float32)
+        contexts = [self.negative[0]] * len(texts) + [context for context, _ in texts]
+        pooled = [self.negative[1]] * len(texts) + [pooled for _, pooled in texts]
+        added = {"text_embeds": torch.cat(pooled), "time_ids": torch.cat([ids, ids])}
+        answer = self.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat(contexts), added_cond_kwargs=added)
+        u, c = answer.sample.chunk(2)
+        return u + guidance * (c - u)
+
+    def noise_prediction(self, latents, t):
+        """That of whole pictures, told the whole prompt."""
+        count = len(latents)
+        return self.noise_predictions(latents, t, [self.text] * count, self.c.guidance, [(0, 0)] * count)
 
     def step(self, prediction, t, latents):
         """One step of a scheduler that knows of no other view."""
@@ -122,7 +128,7 @@ class Pipeline:
         x = self.drawn.initial * self.scheduler.init_noise_sigma
         store = AttentionStore(self.unet, height * 8, width * 8) if self.c.word_share is not None else None
         for t in self.scheduler.timesteps:
-            x = self.step(self.noise_prediction(x, t, self.text, self.c.guidance), t, x)
+            x = self.step(self.noise_prediction(x, t), t, x)
             self.drawn.states.append((0, x.clone()))
         if store:
             self.maps = store.close(self.c.steps)
@@ -186,12 +192,16 @@ class Pipeline:
         j = (self.c.window - self.c.stride) // 4
         padded = F.pad(x, (j, j, j, j))
         value, count = torch.zeros_like(padded), torch.zeros_like(padded)
-        for (top, bottom, left, right), text in views:
-            v = padded[:, :, top:bottom, left:right]
-            prediction = self.noise_prediction(
-                v, t, text, self.c.view_guidance or self.c.guidance, (top * 8, left * 8)
-            )
-            value[:, :, top:bottom, left:right] += self.step(prediction, t, v)
+        crops = torch.cat([padded[:, :, top:bottom, left:right] for (top, bottom, left, right), _ in views])
+        predictions = self.noise_predictions(
+            crops,
+            t,
+            [text for _, text in views],
+            self.c.view_guidance or self.c.guidance,
+            [(top * 8, left * 8) for (top, _, left, _), _ in views],
+        )
+        for k, ((top, bottom, left, right), _) in enumerate(views):
+            value[:, :, top:bottom, left:right] += self.step(predictions[k : k + 1], t, crops[k : k + 1])
             count[:, :, top:bottom, left:right] += 1
         value, count = (each[:, :, j : j + x.shape[2], j : j + x.shape[3]] for each in (value, count))
         assert count.min() >= 1
@@ -216,7 +226,7 @@ class Pipeline:
                 self.drawn.permutations[stage, i, first // self.c.view_batch] = order
                 order = order.expand(gs.shape)
                 gs = torch.gather(gs, 0, order)
-            eps = torch.cat([self.noise_prediction(each[None], t, self.text, self.c.guidance) for each in gs])
+            eps = self.noise_prediction(gs, t)
             if order is not None:
                 back = torch.zeros_like(order)
                 back.scatter_(0, order, torch.arange(len(chunk)).view(-1, 1, 1, 1).expand(gs.shape).contiguous())
@@ -285,28 +295,22 @@ def gaussian(x, size, sigma):
 
 
 class AttentionStore:
-    """Explicit attention everywhere; the conditional rows' cross maps of `down` and `up` with (h/32)(w/32) queries are summed.
-
-    The pipeline above calls the network first without text, then with it: only the second of two calls is kept.
-    """
+    """Explicit attention everywhere; of the conditional half of the rows the cross maps of `down` and `up` with
+    (h/32)(w/32) queries are summed."""
 
     def __init__(self, unet, height, width):
         self.unet, self.grid = unet, (height // 32, width // 32)
-        self.before, self.sums, self.conditional = dict(unet.attn_processors), {}, True
+        self.before, self.sums = dict(unet.attn_processors), {}
         unet.set_attn_processor({name: _Explicit(self, name) for name in unet.attn_processors})
-        self.hook = unet.register_forward_pre_hook(self.turn)
-
-    def turn(self, *_):
-        self.conditional = not self.conditional
 
     def add(self, name, probabilities):
+        conditional = probabilities[len(probabilities) // 2 :]
         fits = probabilities.shape[1] == self.grid[0] * self.grid[1]
-        if self.conditional and "attn2" in name and name.startswith(("down", "up")) and fits:
-            self.sums[name] = self.sums.get(name, 0) + probabilities
+        if "attn2" in name and name.startswith(("down", "up")) and fits:
+            self.sums[name] = self.sums.get(name, 0) + conditional
 
     def close(self, steps):
         self.unet.set_attn_processor(self.before)
-        self.hook.remove()
         maps = torch.cat([total / steps for total in self.sums.values()])
         return maps.mean(0).reshape(*self.grid, -1)
 

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from support import structures, unets
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -28,10 +28,10 @@ class Blind(Engine):
 
 
 def components(family="sdxl", in_channels=4, prediction="epsilon"):
-    """Parts with a UNet of `tests/support`; two of a kind have equal weights and share no UNet."""
+    """Parts that are the same each time; the UNet is shared by those of a kind."""
     vae, encoders = _parts()
     return Components(
-        unet=unets.build("diffusers-sdxl" if family == "sdxl" else "diffusers-sd15", in_channels),
+        unet=_unet(family, in_channels),
         vae=vae,
         tokenizers=tokenizers(family),
         text_encoders=list(encoders) if family == "sdxl" else [_wide()],
@@ -45,6 +45,36 @@ def components(family="sdxl", in_channels=4, prediction="epsilon"):
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+
+
+@cache
+def _unet(family, in_channels):
+    """Smaller than those of `tests/support`: one ResNet block a level, one transformer block a pair."""
+    across = family == "sdxl"
+    attended = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    vector = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": unets.TIME_ID,
+        "projection_class_embeddings_input_dim": unets.VECTOR,
+    }
+    with torch.random.fork_rng(devices=[]):
+        unet = UNet2DConditionModel(
+            in_channels=in_channels,
+            out_channels=4,
+            block_out_channels=(16, 32, 32),
+            norm_num_groups=8,
+            layers_per_block=1,
+            down_block_types=attended if across else ("CrossAttnDownBlock2D",) * 3,
+            up_block_types=tuple(name.replace("Down", "Up") for name in attended[::-1])
+            if across
+            else ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=unets.CONTEXT,
+            attention_head_dim=2,
+            use_linear_projection=across,
+            **(vector if across else {}),
+        )
+    unets.randomise(unet)
+    return unet.eval().requires_grad_(False)
 
 
 @cache

@@ -4,7 +4,8 @@ import pytest
 
 from lib_hires.config import Common, SettingError, UnknownSetting, schema
 from lib_hires.methods import methods
-from lib_hires.webui.arguments import controls, describe_arguments, read_arguments
+from lib_hires.plan.method import owned_rows, owners
+from lib_hires.webui.arguments import all_owners, controls, describe_arguments, owners_of, read_arguments, settings_of
 
 
 def values(**changed):
@@ -13,14 +14,34 @@ def values(**changed):
     return [changed.get(control.key, control.setting.default) for control in controls()]
 
 
-def test_controls_are_enabled_method_common_and_then_each_method_in_the_order_of_methods():
-    owners = [("common", Common), *methods().items()]
-    expected = ["enabled", "method"] + [f"{owner}.{row.name}" for owner, cls in owners for row in schema(cls)]
-    assert [control.key for control in controls()] == expected
+def test_controls_are_enabled_method_common_then_each_methods_own_and_then_what_methods_share():
+    keys = [control.key for control in controls()]
+    own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name]
+    first = ["enabled", "method", *(f"common.{row.name}" for row in schema(Common)), *own]
+    assert keys[: len(first)] == first
+    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) :])) == ["windows", "stages", "views"]
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_every_setting_of_a_method_has_exactly_one_control_among_those_of_its_owners(name):
+    found = [control.setting for owner in owners(methods()[name]) for control in settings_of(owner)]
+    assert sorted(row.name for row in found) == sorted(row.name for row in schema(methods()[name]))
+    assert set(found) == set(schema(methods()[name]))
+
+
+def test_a_shared_setting_has_one_control():
+    assert [control.key for control in controls() if control.setting.name == "overlap"] == ["views.overlap"]
+    assert len({control.key for control in controls()}) == len(controls())
+    assert all_owners()[-3:] == ("windows", "stages", "views")
+    assert owners_of(methods()["demofusion"]) == ("common", "stages", "views") and owners_of(None) == ("common",)
 
 
 def test_labels_infotext_keys_and_elem_ids_are_unique():
-    for names in ([c.setting.label for c in controls()], [c.setting.infotext for c in controls()], [c.elem_id for c in controls()]):
+    for names in (
+        [c.setting.label for c in controls()],
+        [c.setting.infotext for c in controls()],
+        [c.elem_id for c in controls()],
+    ):
         assert len(set(names)) == len(names)
 
 
@@ -28,10 +49,22 @@ def test_the_description_has_one_row_for_each_position():
     lines = describe_arguments().splitlines()[2:]
     assert [int(line.split("|")[1]) for line in lines] == list(range(len(controls())))
     assert all(f"`{control.setting.name}`" in line for control, line in zip(controls(), lines))
+    of = {control.key: line.split("|")[3].strip() for control, line in zip(controls(), lines)}
+    assert (of["views.overlap"], of["stages.max_step"], of["hidiffusion.t1"]) == ("Views", "Stages", "HiDiffusion")
 
 
-@pytest.mark.parametrize("args", [[], [False], [False, "HiDiffusion"], [{"enabled": False}], [{"method": "none"}], [True, "none"],
-                                  [{"enabled": False, "method": "hidiffusion", "t1": 99}]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        [False],
+        [False, "HiDiffusion"],
+        [{"enabled": False}],
+        [{"method": "none"}],
+        [True, "none"],
+        [{"enabled": False, "method": "hidiffusion", "t1": 99}],
+    ],
+)
 def test_off_is_no_request(args):
     assert read_arguments(args).request is None
 
@@ -41,11 +74,29 @@ def test_the_defaults_are_off():
 
 
 def test_a_full_list_takes_the_settings_of_the_chosen_method_only():
-    args = values(enabled=True, method="Deep Shrink", common__passes="first pass", deep_shrink__stop2=0.4,
-                  hidiffusion__strength=99, hidiffusion__t1="nonsense")
+    args = values(
+        enabled=True,
+        method="Deep Shrink",
+        common__passes="first pass",
+        deep_shrink__stop2=0.4,
+        hidiffusion__strength=99,
+        hidiffusion__t1="nonsense",
+    )
     request = read_arguments(args).request
     assert request.method == methods()["deep_shrink"](stop2=0.4)
     assert request.common == Common(passes="first pass")
+
+
+def test_a_full_list_takes_shared_settings_for_every_method_that_has_them():
+    args = values(enabled=True, method="DemoFusion", views__overlap=0.75, stages__max_step=1.5, windows__word_share=99)
+    assert read_arguments(args).request.method == methods()["demofusion"](overlap=0.75, max_step=1.5)
+    args[1] = "MultiDiffusion"
+    assert read_arguments(args).request.method == methods()["multidiffusion"](overlap=0.75)
+    args[1] = "HiDiffusion"
+    assert read_arguments(args).request.method == methods()["hidiffusion"]()
+    args[1] = "AccDiffusion v2"
+    with pytest.raises(SettingError, match="'word_share' is 99"):
+        read_arguments(args)
 
 
 def test_a_short_list_keeps_the_defaults_of_what_is_missing():
@@ -54,20 +105,25 @@ def test_a_short_list_keeps_the_defaults_of_what_is_missing():
 
 
 def test_a_dict_names_settings_and_what_follows_is_ignored():
-    request = read_arguments([{"method": "HiDiffusion", "strength": "1.2", "passes": "first pass"}, "rubbish", None]).request
+    request = read_arguments(
+        [{"method": "HiDiffusion", "strength": "1.2", "passes": "first pass"}, "rubbish", None]
+    ).request
     assert request.method == methods()["hidiffusion"](strength=1.2)
     assert request.common.passes == "first pass"
 
 
-@pytest.mark.parametrize(("args", "error", "words"), [
-    (["perhaps"], SettingError, "'enabled' is 'perhaps', must be true or false"),
-    ([None, "HiDiffusion"], SettingError, "'enabled' is None"),
-    ([True, "hidifusion"], SettingError, "Did you mean 'hidiffusion'"),
-    ([{"strength": 1}], SettingError, "'method' is None, must be one of 'none'"),
-    ([{"method": "hidiffusion", "stop1": 0.1}], UnknownSetting, "'stop1'"),
-    ([{"method": "hidiffusion", "t1": 1.5}], SettingError, "'t1' is 1.5, must be between 0 and 1"),
-    (values(enabled=True, method="HiDiffusion", hidiffusion__t1=None), SettingError, "'t1' is None"),
-])
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        (["perhaps"], SettingError, "'enabled' is 'perhaps', must be true or false"),
+        ([None, "HiDiffusion"], SettingError, "'enabled' is None"),
+        ([True, "hidifusion"], SettingError, "Did you mean 'hidiffusion'"),
+        ([{"strength": 1}], SettingError, "'method' is None, must be one of 'none'"),
+        ([{"method": "hidiffusion", "stop1": 0.1}], UnknownSetting, "'stop1'"),
+        ([{"method": "hidiffusion", "t1": 1.5}], SettingError, "'t1' is 1.5, must be between 0 and 1"),
+        (values(enabled=True, method="HiDiffusion", hidiffusion__t1=None), SettingError, "'t1' is None"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_words(args, error, words):
     with pytest.raises(error, match="Hires Lab: ") as refused:
         read_arguments(args)
@@ -91,3 +147,11 @@ def test_a_grid_value_of_another_method_is_left_out_in_words():
     asked = read_arguments(values(), {"method": "Deep Shrink", "hidiffusion.t1": 0.2})
     assert asked.request.method == methods()["deep_shrink"]()
     assert asked.notes == ("'t1' of HiDiffusion has no effect: the method is Deep Shrink.",)
+
+
+def test_a_grid_value_that_methods_share_counts_for_those_that_have_it():
+    asked = read_arguments(values(), {"method": "AccDiffusion v2", "views.overlap": 0.6, "windows.word_share": 0.5})
+    assert (asked.request.method.overlap, asked.request.method.word_share, asked.notes) == (0.6, 0.5, ())
+    asked = read_arguments(values(), {"method": "MultiDiffusion", "views.overlap": 0.6, "stages.max_step": 1.5})
+    assert asked.request.method == methods()["multidiffusion"](overlap=0.6)
+    assert asked.notes == ("'max_step' of Stages has no effect: the method is MultiDiffusion.",)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib_hires.webui.arguments import controls, read_arguments
-from lib_hires.webui.xyz import confirm_values, set_value
+from lib_hires.webui.xyz import _axis, confirm_values, set_value
 
 BY_KEY = {control.key: control for control in controls()}
 
@@ -32,13 +32,28 @@ def test_texts_of_a_cell_are_read_as_settings():
     assert request.common.clock == "step fraction"
 
 
-@pytest.mark.parametrize(("key", "right", "wrong", "words"), [
-    ("method", ["none", "hidiffusion", "Deep Shrink"], "deep", "'method' is 'deep'"),
-    ("hidiffusion.t1", [-1.0, 0.5], 2.0, "'t1' is 2.0, must be between 0 and 1"),
-    ("hidiffusion.raunet", ["True", "off"], "maybe", "'raunet' is 'maybe', must be true or false"),
-])
+@pytest.mark.parametrize(
+    ("key", "right", "wrong", "words"),
+    [
+        ("method", ["none", "hidiffusion", "Deep Shrink"], "deep", "'method' is 'deep'"),
+        ("hidiffusion.t1", [-1.0, 0.5], 2.0, "'t1' is 2.0, must be between 0 and 1"),
+        ("hidiffusion.raunet", ["True", "off"], "maybe", "'raunet' is 'maybe', must be true or false"),
+        ("views.overlap", [-1.0, 0.5], 2.0, "'overlap' is 2.0, must be between 0 and 0.95"),
+    ],
+)
 def test_wrong_values_are_refused_before_the_first_cell(key, right, wrong, words):
     confirm_values(BY_KEY[key])(None, right)
     with pytest.raises(RuntimeError) as refused:
         confirm_values(BY_KEY[key])(None, [*right, wrong])
     assert words in str(refused.value)
+
+
+def test_a_shared_setting_has_one_axis_whichever_method_draws():
+    job, added = SimpleNamespace(), []
+    grid = SimpleNamespace(AxisOption=lambda label, *_, **__: added.append(label))
+    for control in controls()[1:]:
+        _axis(grid, control, "ours")
+    assert added.count("[Hires Lab] View overlap") == 1 and len(set(added)) == len(added) == len(controls()) - 1
+    set_value("ours", BY_KEY["views.overlap"])(job, 0.6, [])
+    for title in ("MultiDiffusion", "DemoFusion"):
+        assert read_arguments([True, title], job.ours).request.method.overlap == 0.6

@@ -17,9 +17,25 @@ def paste(keys, before=None):
 
 
 REQUESTS = [
-    {"method": "hidiffusion", "strength": 1.35, "t1": 0.45, "window_end": 0.7, "aggressive": "off", "passes": "hires pass"},
+    {
+        "method": "hidiffusion",
+        "strength": 1.35,
+        "t1": 0.45,
+        "window_end": 0.7,
+        "aggressive": "off",
+        "passes": "hires pass",
+    },
     {"method": "deep_shrink", "stop1": 0.05, "depth2": 7, "upscale": 1.5, "smooth_scaling": False, "native_size": 640},
     {"method": "hidiffusion", "raunet": False},
+    {"method": "multidiffusion", "overlap": 0.5, "wrap_x": True, "inside": "window attention"},
+    {
+        "method": "accdiffusion_v2",
+        "edge_end": 0.7,
+        "word_share": 0.45,
+        "interaction": "channel",
+        "max_step": 1.5,
+        "jitter": 0.1,
+    },
 ]
 
 
@@ -45,6 +61,16 @@ def test_settings_of_other_methods_keep_their_values():
     found = dict(zip([control.key for control in controls()], [function(keys) for function in paste_functions()]))
     assert found["hidiffusion.t1"] == 0.3
     assert all(value is None for key, value in found.items() if key.startswith("deep_shrink."))
+
+
+def test_shared_settings_are_pasted_where_the_pictures_method_has_them():
+    keys = Request.from_dict({"method": "multidiffusion", "overlap": 0.5}).to_infotext()
+    found = dict(zip([control.key for control in controls()], [function(keys) for function in paste_functions()]))
+    assert found["views.overlap"] == 0.5 and found["views.view_size"] == 0
+    assert all(value is None for key, value in found.items() if key.startswith(("stages.", "windows.", "hidiffusion.")))
+    keys = Request.from_dict({"method": "hidiffusion"}).to_infotext()
+    found = dict(zip([control.key for control in controls()], [function(keys) for function in paste_functions()]))
+    assert all(value is None for key, value in found.items() if key.startswith("views."))
 
 
 def test_a_key_that_is_not_written_takes_its_default():

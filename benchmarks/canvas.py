@@ -1,0 +1,116 @@
+"""Canvas methods end to end against plain sampling at the same size: UNet evaluations, seconds, peak memory of sampling.
+
+Everything runs in one process on the bundled checkpoint (or `--checkpoint`), the variants of a round one after another, in
+an order that changes from round to round; ratios are to plain sampling in the same round. Decoding is left out.
+
+    python -m benchmarks.canvas --scales 2 3 4 --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from lib_hires import Request
+from lib_hires.engines.drawing import Drawing
+from lib_hires.engines.memory import peak_memory
+from lib_hires.engines.runner import Runner, engine_job_of, session_for, stages_of
+from lib_hires.engines.standalone import Engine
+
+from .demo import JOB_DEFAULTS
+from .speed import _commit, _device_name
+
+VARIANTS = {
+    "plain": {"method": "none"},
+    "HiDiffusion": {"method": "hidiffusion"},
+    "MultiDiffusion, overlap 0.5": {"method": "multidiffusion", "overlap": 0.5},
+    "Mixture of Diffusers": {"method": "mixture_of_diffusers"},
+    "DemoFusion": {"method": "demofusion"},
+    "DemoFusion, windows inside": {"method": "demofusion", "inside": "window attention"},
+    "DemoFusion, full stages": {"method": "demofusion", "stage_strength": 1.0},
+    "AccDiffusion": {"method": "accdiffusion"},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.canvas", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("out/canvas.json"))
+    options = parser.parse_args(arguments)
+    job = {**JOB_DEFAULTS, "prompt": "a striped red star on a blue background", "checkpoint": options.checkpoint}
+    job |= {"device": options.device, "steps": options.steps, "seed": 11, "cfg": 4.0}
+    rows = [row for scale in options.scales for row in measure(job, scale, options.rounds)]
+    device = _device_name(Runner(quiet=True).load(job).device)
+    head = {"date": str(date.today()), "device": device, "commit": _commit(), "torch": torch.__version__}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**head, "rows": rows}, indent=2), encoding="utf-8")
+    print(f"{head['device']}, torch {head['torch']}, {head['date']}, commit {head['commit']}, {options.steps} steps\n")
+    print(table(rows))
+    return 0
+
+
+def measure(job: dict, scale: float, rounds: int) -> list[dict]:
+    """One row for each variant at a scale."""
+    runner = Runner(quiet=True)
+    components = runner.load(job)
+    side = round((components.native_resolution or 512) * scale / 8) * 8
+    engine_job = engine_job_of({**job, "width": side, "height": side})
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    found: dict[str, dict] = {}
+    names = list(VARIANTS)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            request = Request.from_dict(VARIANTS[name])
+            session = session_for(components, request, engine_job)
+            stages = stages_of(components, request, engine_job, session)
+            drawing = Drawing(Engine(components), engine_job, session, None, stages, {})
+            started = time.perf_counter()
+            with torch.no_grad(), peak_memory(components.device) as peak:
+                drawing.draw()
+            seconds[name].append(time.perf_counter() - started)
+            found[name] = {
+                "unet_evaluations": sum(report["unet_evaluations"] for report in drawing.reports),
+                "stages": len(stages),
+                "peak_growth": max(peak.growth, found.get(name, {}).get("peak_growth", 0)),
+            }
+    return [
+        {
+            "variant": name,
+            "width": side,
+            "height": side,
+            **found[name],
+            "seconds": statistics.median(seconds[name]),
+            "ratio": statistics.median(own / plain for own, plain in zip(seconds[name], seconds["plain"])),
+        }
+        for name in VARIANTS
+    ]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| size | method | stages | UNet evaluations | seconds | / plain | peak growth, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['width']}x{row['height']} | {row['variant']} | {row['stages']} | {row['unet_evaluations']} | "
+            f"{row['seconds']:.1f} | {row['ratio']:.2f} | {row['peak_growth'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

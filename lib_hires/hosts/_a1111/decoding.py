@@ -1,0 +1,56 @@
+"""The autoencoder's decoder in tiles, from the end of a sampling run until the host has decoded its result."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ...config.errors import HiresError
+from ...vae import needs_tiles, tile_for, tiled
+
+NOTE = "the picture is decoded in tiles of {tile} latents, which changes nothing in it: as a whole it needs more memory."
+
+
+class Decoding:
+    """What is open now; `close` may be called any number of times."""
+
+    def __init__(self) -> None:
+        self._open: list[tiled] = []
+
+    def open(self, latents: torch.Tensor) -> str | None:
+        """Decode pictures of this size in tiles where the whole would not fit. Returns a note if so. latents: (B, C, h, w)."""
+        from modules import devices, shared
+
+        self.close()
+        decoder = getattr(getattr(shared.sd_model, "first_stage_model", None), "decoder", None)
+        if not isinstance(decoder, torch.nn.Module) or getattr(shared.opts, "sd_vae_decode_method", "Full") != "Full":
+            return None
+        shape, bytes_each = (1, *latents.shape[1:]), torch.finfo(devices.dtype_vae).bits // 8
+        free = free_bytes(latents.device)
+        if not needs_tiles(shape, free, bytes_each):
+            return None
+        try:
+            tile = tile_for(free, bytes_each, shape)
+        except HiresError:
+            return None  # not even tiles fit: the host's own error tells
+        context = tiled(decoder, tile=tile, above=math.isqrt(shape[2] * shape[3] - 1))
+        context.__enter__()
+        self._open.append(context)
+        return NOTE.format(tile=tile)
+
+    def close(self) -> None:
+        """Take it back."""
+        while self._open:
+            self._open.pop().__exit__()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device that decodes, torch's own cache counted as free."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil
+
+    return psutil.virtual_memory().available

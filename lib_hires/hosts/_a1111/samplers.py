@@ -1,0 +1,48 @@
+"""Samplers of AUTOMATIC1111 under stages: which keep what is put into their state, how many steps a strength means.
+
+A stage's skip residual is written into the tensor that a sampler hands to the model. docs/hosts.md has what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...config.errors import SettingError
+
+LOSING = ("UniPC", "DPM adaptive")
+"""UniPC corrects each step from its own memory of the one before; DPM adaptive takes the change for an error of its step."""
+
+
+def check(sampler: Any) -> None:
+    """Raises `SettingError` for a sampler that would lose the skip residual of stages."""
+    from modules import sd_samplers
+
+    if sampler.config.name in LOSING:
+        allowed = ", ".join(each.name for each in sd_samplers.all_samplers if each.name not in LOSING)
+        raise SettingError(
+            "sampler",
+            sampler.config.name,
+            f"one of {allowed} where stages have a skip residual",
+            "It corrects each step from its own memory of the one before. Use another, or switch 'skip_residual' off.",
+        )
+
+
+def is_scaled(sampler: Any) -> bool:
+    """Whether its state is x / sqrt(sigma^2 + 1): the timestep samplers'."""
+    return not hasattr(sampler.model_wrap_cfg.inner_model, "sigmas")
+
+
+def steps_of(strength: float, steps: int) -> int:
+    """How many of a run's steps a strength means."""
+    return max(1, round(strength * steps))
+
+
+def denoising_strength(strength: float, steps: int, scaled: bool) -> float:
+    """The host's `denoising_strength` that runs exactly `steps_of` steps: it runs int(d steps) + 1, timestep samplers two less."""
+    from modules import shared
+
+    if getattr(shared.opts, "img2img_fix_steps", False):
+        return strength
+    wanted = steps_of(strength, steps)
+    encoded = min(wanted + 1, steps - 1) if scaled else wanted - 1
+    return (encoded + 0.5) / steps
