@@ -41,6 +41,9 @@ class HiresLab(scripts.Script):
     def post_sample(self, p, *args):
         HOST.after_sampling(p)
 
+    def postprocess_batch(self, p, *args, **kwargs):
+        HOST.after_decoding(p)
+
 
 HOST.register()
 add_axes(OVERRIDE)  # a host without a page never gets to on_before_ui

@@ -2,9 +2,12 @@
 
     process                         arguments -> request -> infotext; wrong settings make `p.sample` raise
     process_before_every_sampling   wrap the sampler's two functions, on the instance, which the host throws away
-      the wrapped function          open the session, register on_cfg_denoiser; close and remove both whatever happens
-        on_cfg_denoiser             tell the session the noise level and the rows; reopen it if the model was changed
+      the wrapped function          a run, or several of methods with stages (_a1111/passes.py)
+        a run                       open the session, register on_cfg_denoiser; close and remove both whatever happens
+          on_cfg_denoiser           tell the session the noise level and the rows; reopen it if the model was changed
+      after it                      decode in tiles where the memory asks for it (_a1111/decoding.py)
     post_sample                     if no pass was changed, say so and take the infotext back: this picture is plain
+    postprocess_batch               no longer decode in tiles
 
 `modules` are imported in functions, so that `detect` can be asked anywhere.
 """
@@ -13,16 +16,26 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
+
+from ..canvas.method import CanvasMethod
 from ..config.common import ABOVE, HIRES
 from ..config.errors import Conflict, HiresError
+from ..patches import UndoLog
 from ..plan.models import LATENT_FACTOR
 from ..request import Request
 from ..schedule import NoiseSchedule
+from ..stages.inside import unet_methods
+from ..stages.progressive import StageRun
+from ..unet.attention_maps import AttentionMaps
 from ..unet.session import Session
+from ._a1111.decoding import Decoding
+from ._a1111.passes import Pass
+from ._a1111.views import Views
 from .protocol import OVERRIDE, Asked, Reader, drop_infotext, fail_when_sampled, forget_failure, forget_package
 
 _JOB = "hires_lab_job"
@@ -58,6 +71,7 @@ class A1111:
 
     def __init__(self) -> None:
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
+        self._decoding = Decoding()
 
     def register(self) -> None:
         """Sweep when the script is unloaded, suspend when a model is loaded."""
@@ -71,6 +85,7 @@ class A1111:
         for run in list(self._runs):
             run.end()
             self._runs.discard(run)
+        self._decoding.close()
 
     def unload(self) -> None:
         """The scripts are about to be loaded again: leave nothing behind, our modules neither."""
@@ -109,7 +124,33 @@ class A1111:
             job.passes_changed += 1
             p.extra_generation_params.update(job.request.to_infotext())
             for name in _SAMPLER_FUNCTIONS:
-                _wrap(p.sampler, name, lambda: Run(self._runs, p, job.request))
+                _wrap(p.sampler, name, lambda *call: self._draw(p, job.request, *call))
+
+    def _draw(self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """What a wrapped sampler function does."""
+
+        def make_run(stage: StageRun | None = None, maps: AttentionMaps | None = None) -> Run:
+            return Run(self._runs, p, request, stage, maps)
+
+        self._decoding.close()
+        if isinstance(request.method, CanvasMethod):
+            model = make_run().make_session().model
+            note = lambda text: _say(p, [text])  # noqa: E731 - a name for what it does
+            latents = Pass(p, request, model, sampler, name, original, (args, kwargs), make_run, note).draw()
+        else:
+            run = make_run()
+            try:
+                run.begin(sampler)
+                latents = original(*args, **kwargs)
+            finally:
+                run.end()
+        if isinstance(latents, torch.Tensor):
+            _say(p, filter(None, [self._decoding.open(latents)]))
+        return latents
+
+    def after_decoding(self, p: Any) -> None:
+        """The pictures are decoded."""
+        self._decoding.close()
 
     def after_sampling(self, p: Any) -> None:
         """Where no pass was changed, say why; such a picture must not be labelled as ours."""
@@ -139,8 +180,8 @@ def _why_nothing(job: Job) -> str:
     return f"nothing was changed: 'passes' is '{common.passes}', and there was none.{advice}"
 
 
-def _wrap(sampler: Any, name: str, make_run: Callable[[], Run]) -> None:
-    """Replace a sampler's function, on the instance, by one that opens a run around it. Twice is as good as once."""
+def _wrap(sampler: Any, name: str, draw: Callable[[Any, str, Callable, tuple, dict], Any]) -> None:
+    """Replace a sampler's function, on the instance, by one of ours. Twice is as good as once."""
     previous = getattr(sampler, name, None)
     if previous is None:
         return
@@ -148,14 +189,10 @@ def _wrap(sampler: Any, name: str, make_run: Callable[[], Run]) -> None:
 
     @wraps(original)
     def sample(*args: Any, **kwargs: Any) -> Any:
-        run = make_run()
         try:
-            run.begin(sampler)
-            return original(*args, **kwargs)
+            return draw(sampler, name, original, args, kwargs)
         except _Abort as abort:
             raise abort.error from None
-        finally:
-            run.end()
 
     sample.hires_lab_original = original
     setattr(sampler, name, sample)
@@ -170,13 +207,26 @@ class _Abort(BaseException):
 
 
 class Run:
-    """One call of a sampler: its session, and the callback that tells the session where the run is."""
+    """One call of a sampler: its session, its canvas, and the callback that tells both where the run is.
 
-    def __init__(self, runs: weakref.WeakSet[Run], p: Any, request: Request):
-        self.p, self.request, self._runs = p, request, runs
+    stage: what is drawn on a canvas, or None; maps: attention maps that are gathered while they are open, or None.
+    """
+
+    def __init__(
+        self,
+        runs: weakref.WeakSet[Run],
+        p: Any,
+        request: Request,
+        stage: StageRun | None = None,
+        maps: AttentionMaps | None = None,
+    ):
+        self.p, self.request, self.maps, self._runs = p, request, maps, runs
+        self._is_stage = stage is not None and not hasattr(p, "init_images") and not getattr(p, "is_hr_pass", False)
+        self.views = Views(stage, lambda text: _say(p, [text])) if stage is not None else None
         self.session: Session | None = None
         self._made_for: tuple[Any, Any] | None = None
         self._denoiser: Any = None
+        self._sampler_log, self._model_log = UndoLog(), UndoLog()
 
     def begin(self, sampler: Any) -> None:
         """Open the session and follow the sampler's steps. Raises `HiresError` where model and settings do not fit."""
@@ -185,6 +235,8 @@ class Run:
         self._denoiser = sampler.model_wrap_cfg
         self._runs.add(self)
         self._open_session()
+        if self.views is not None:
+            self._sampler_log.override(self._denoiser, "forward", self._pulled)
         script_callbacks.on_cfg_denoiser(self.follow)
 
     def end(self) -> None:
@@ -193,16 +245,32 @@ class Run:
 
         self._denoiser = None
         script_callbacks.remove_callbacks_for_function(self.follow)
-        self.close_session()
+        try:
+            self._sampler_log.undo()
+        finally:
+            self.close_session()
 
     def close_session(self) -> None:
         """Undo the changes and pass the notes on."""
         session, self.session = self.session, None
-        if session is not None:
-            try:
-                session.close()
-            finally:
-                _say(self.p, session.notes)
+        try:
+            self._model_log.undo()
+        finally:
+            if session is not None:
+                try:
+                    session.close()
+                finally:
+                    _say(self.p, session.notes)
+
+    def _pulled(self, previous: Callable) -> Callable:
+        """The sampler's denoiser, told its state after the skip residual; in place, so that the sampler goes on from it."""
+
+        def forward(x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
+            level = _level(self._denoiser, sigma)
+            self.views.pull(x, self._schedule.moment(**level), "timestep" in level, begin=self._is_stage)
+            return previous(x, sigma, *args, **kwargs)
+
+        return forward
 
     def follow(self, params: Any) -> None:
         """on_cfg_denoiser, once a denoiser call: on the model that draws now, tell the level and the rows."""
@@ -212,16 +280,29 @@ class Run:
             if self.session is None or self._made_for != _current_model():
                 self.close_session()
                 self._open_session()
-            self.session.at(
-                **_level(params.denoiser, params.sigma),
-                rows=_rows(params.denoiser, params.x.shape[0]),
-                step=params.denoiser.step,
-                steps=params.denoiser.total_steps,
-            )
+            level, images = _level(params.denoiser, params.sigma), _rows(params.denoiser, params.x.shape[0])
+            self.session.at(**level, rows=images, step=params.denoiser.step, steps=params.denoiser.total_steps)
+            prompts = _prompts(params.denoiser, len(images))
+            if self.maps is not None and self.maps.is_open:
+                self.maps.rows(prompts)
+            if self.views is not None:
+                _refuse_other_views(params.denoiser)
+                scale = params.denoiser.sampler.sampler_extra_args["cond_scale"] * params.denoiser.cond_scale_miltiplier
+                self.views.at(self._schedule.moment(**level), list(zip(images, prompts)), scale, self.session)
         except Exception as error:
             raise _Abort(error) from error
 
     def _open_session(self) -> None:
+        from modules import shared
+
+        self.session = self.make_session().open()
+        self._schedule, self._made_for = self.session.schedule, _current_model()
+        if self.views is not None:
+            self._model_log = UndoLog()
+            self._model_log.override(shared.sd_model, "apply_model", self.views.over)
+
+    def make_session(self) -> Session:
+        """The session for the model that draws now, not yet open."""
         from modules import sd_unet, shared
 
         if getattr(sd_unet, "current_unet", None) is not None:
@@ -231,17 +312,16 @@ class Run:
             )
         model = shared.sd_model
         unet, checkpoint = _current_model()
-        self.session = Session(
+        return Session(
             unet,
-            [self.request.method],
+            unet_methods(self.request.method),
             self.request.common,
             seeds=self.p.seeds,
             schedule=NoiseSchedule(model.alphas_cumprod.tolist()),
             metadata=checkpoint.metadata,
             v_prediction=getattr(model, "parameterization", "eps") == "v",
             tokens_owned_by=_tokens_owner(self.p),
-        ).open()
-        self._made_for = unet, checkpoint
+        )
 
 
 def _current_model() -> tuple[Any, Any]:
@@ -268,6 +348,20 @@ def _rows(denoiser: Any, count: int) -> list[int]:
     return rows + [row % len(batch) for row in range(rest)]
 
 
+def _prompts(denoiser: Any, count: int) -> list[int | None]:
+    """The number of each row's prompt, AND parts counted one by one; None for uncond rows."""
+    parts = sum(len(each) for each in denoiser.sampler.sampler_extra_args["cond"].batch)
+    return [row if row < parts else None for row in range(count)]
+
+
+def _refuse_other_views(denoiser: Any) -> None:
+    """Tiled Diffusion, and what is made like it, puts views of its own in the same place."""
+    if "forward" in vars(denoiser.inner_model):
+        raise Conflict(
+            "another extension (Tiled Diffusion, for instance) divides the picture into views already. Switch one of them off."
+        )
+
+
 def _tokens_owner(p: Any) -> str | None:
     """Who else divides the attention's tokens in this pass."""
     from modules import shared
@@ -280,7 +374,7 @@ def _tokens_owner(p: Any) -> str | None:
     return "ToMe" if p.get_token_merging_ratio(for_hr=is_hires) > 0 else None
 
 
-def _say(p: Any, notes: Sequence[str]) -> None:
+def _say(p: Any, notes: Iterable[str]) -> None:
     """Each note once in a job: on the console, and below the picture."""
     for note in notes:
         text = f"Hires Lab: {note}"

@@ -4,6 +4,7 @@
     prepare           start of a job: read the arguments, write the infotext, clean up after a job that died
     before_sampling   a sampler is about to run: arrange that a session is open around it
     after_sampling    all passes of a picture are done: take the infotext back if nothing was changed
+    after_decoding    its pictures are decoded: take back what decodes in tiles
 
 Hosts swallow exceptions of script hooks. So what has to stop a job is raised from inside the functions that a host
 calls to draw: never a picture that pretends.
@@ -54,6 +55,9 @@ class Host(Protocol):
     def after_sampling(self, p: Any) -> None:
         """All passes of a batch are done, its infotext is not yet written."""
 
+    def after_decoding(self, p: Any) -> None:
+        """The pictures of a batch are decoded."""
+
 
 class UnknownHost:
     """Stands in where no adapter fits: says so when it is switched on, and leaves everything alone otherwise."""
@@ -81,12 +85,18 @@ class UnknownHost:
     def after_sampling(self, p: Any) -> None:
         """Nothing to do."""
 
+    def after_decoding(self, p: Any) -> None:
+        """Nothing to do."""
+
 
 def find_host() -> Host:
-    """The adapter that fits: each module of this package has a `detect()`, and a `make_host()` for when it is true."""
+    """The adapter that fits: each module of this package has a `detect()`, and a `make_host()` for when it is true.
+
+    Packages whose names begin with `_` hold an adapter's further parts.
+    """
     parent = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(parent.__path__):
-        if info.name != "protocol":
+        if info.name != "protocol" and not info.name.startswith("_"):
             module = importlib.import_module(f"{__package__}.{info.name}")
             if module.detect():
                 return module.make_host()

@@ -5,6 +5,7 @@ Copied into the data folder of the host under test; never installed otherwise.
 
 from modules import script_callbacks, shared
 
+from lib_hires.canvas.canvas import Canvas
 from lib_hires.unet.session import Session
 
 RAN = []
@@ -19,6 +20,25 @@ def close(session):
 
 
 Session.close = close
+_predict = Canvas.predict
+
+
+def fail(body: dict):
+    """Make a coming canvas' network call number `call` fail."""
+    calls = []
+
+    def predict(canvas, x, moment, images, evaluate, guide=None):
+        def failing(*inputs):
+            calls.append(1)
+            if len(calls) == body["call"]:
+                Canvas.predict = _predict
+                raise RuntimeError("a view failed on purpose")
+            return evaluate(*inputs)
+
+        return _predict(canvas, x, moment, images, failing, guide)
+
+    Canvas.predict = predict
+    return {}
 
 
 def look():
@@ -29,6 +49,9 @@ def look():
         hooks += len(module._forward_hooks) + len(module._forward_pre_hooks)
         slots = vars(module).items()  # Hypertile leaves its own `forward` on attentions for ever
         overrides += [f"{name}.{key}" for key, value in slots if key == "_conv_forward" or hasattr(value, "hires_lab")]
+    model = shared.sd_model
+    for owner in (model, model.first_stage_model.decoder):
+        overrides += [key for key in ("apply_model", "forward") if key in vars(owner)]
     callbacks = [c.name for c in script_callbacks.callback_map["callbacks_cfg_denoiser"] if "hires" in c.name]
     sessions, RAN[:] = list(RAN), []
     return {"hooks": hooks, "overrides": overrides, "callbacks": callbacks, "sessions": sessions}
@@ -37,6 +60,7 @@ def look():
 def add_route(_demo, app):
     """The probe's address."""
     app.add_api_route("/hires-lab-probe", look, methods=["GET"])
+    app.add_api_route("/hires-lab-probe/fail", fail, methods=["POST"])
 
 
 script_callbacks.on_app_started(add_route)

@@ -1,0 +1,262 @@
+"""A sampling pass of AUTOMATIC1111 by a method with a canvas: one run with views, or stages.
+
+    sample          MultiDiffusion and the like: the host's call, on a canvas
+                    stages: the host's call at the native size; then for each later stage a new sampler of the same kind,
+                    random numbers of the stage's size, and `sample_img2img` on the enlarged latents
+    sample_img2img  the hires pass and img2img: the host's call on one canvas, from the host's latents and noise
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...config.errors import Conflict
+from ...plan.models import LATENT_FACTOR, Model
+from ...plan.route import Size
+from ...plan.tiling import Stage, first_size
+from ...request import Request
+from ...schedule import NoiseSchedule
+from ...stages.progressive import Progressive, StageRun
+from ...unet.attention_maps import AttentionMaps
+from . import samplers
+from .window_words import Prompts
+
+STAGES_KEY = "HL Stages"
+NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): ControlNets are not used for them in this WebUI yet."
+LOOKS = (800, 600, 400, 200)
+"""Timesteps at which a picture that is given is looked at for attention maps."""
+
+
+class Pass:
+    """One call of a sampler's function.
+
+    name: `sample` or `sample_img2img`; arguments: of that call, by name; open_run: makes the `Run` of a stage, given it and
+    the attention maps to gather; model: what is drawn with; note: takes a sentence for the user.
+    """
+
+    def __init__(
+        self,
+        p: Any,
+        request: Request,
+        model: Model,
+        sampler: Any,
+        name: str,
+        original: Callable[..., Tensor],
+        arguments: tuple[tuple, dict],
+        open_run: Callable[[StageRun, AttentionMaps | None], Any],
+        note: Callable[[str], None],
+    ):
+        self.p, self.sampler, self.original, self.open_run, self.note = p, sampler, original, open_run, note
+        self.model, self.is_started = model, name == "sample_img2img"
+        self.bound = inspect.signature(original).bind(*arguments[0], **arguments[1])
+        self.bound.apply_defaults()
+        self.told = self.bound.arguments
+        size = tuple(self.told["x"].shape[-2:])
+        self.stages = request.method.stages(model, size, request.common, started=self.is_started)
+        self._refuse()
+        later = self.stages if self.is_started else self.stages[1:]
+        self._wants_words = any(stage.canvas and stage.canvas.window_prompts for stage in later)
+        self.maps: AttentionMaps | None = None
+        self.prompts: Prompts | None = None
+
+    def _refuse(self) -> None:
+        """Raise what cannot be done; note what is left out."""
+        if len(self.stages) > 1 and getattr(self.p, "mask", None) is not None:
+            raise Conflict(
+                "stages of other sizes cannot be drawn under a mask. Draw without it, and inpaint with img2img afterwards."
+            )
+        later = self.stages if self.is_started else self.stages[1:]
+        if any(stage.canvas and stage.canvas.skip_residual for stage in later):
+            samplers.check(self.sampler)
+        if any(stage.canvas and stage.canvas.edges for stage in later):
+            self.note(NO_CONTROL)
+
+    def draw(self) -> Tensor:
+        """What the sampler's function returns: latents (B, C, H, W)."""
+        from modules import shared
+
+        if self._wants_words:
+            self.prompts = Prompts(self.p, self.note)
+            if self.prompts.texts() is not None:
+                self.maps = AttentionMaps(shared.sd_model.model.diffusion_model)
+        progressive = Progressive(self.stages, self.p.seeds, prepare=self._prepare)
+        if self.is_started:
+            run = progressive.started(self.stages[0], 1, self.told["x"], self.told["noise"])
+            if self.maps is not None:
+                self._look()
+            self._prepare(run)
+            return self._sampled(run, self.sampler, self._as_asked)
+        if len(self.stages) == 1:
+            return self._sampled(progressive.first(self.stages[0]), self.sampler, self._as_asked)
+        return self._draw_stages(progressive)
+
+    def _as_asked(self) -> Tensor:
+        return self.original(*self.bound.args, **self.bound.kwargs)
+
+    def _sampled(self, run: StageRun, sampler: Any, call: Callable[[], Tensor], gather: bool = False) -> Tensor:
+        opened = self.open_run(run, self.maps if gather else None)
+        try:
+            opened.begin(sampler)
+            with self.maps if gather and self.maps is not None else contextlib.nullcontext():
+                return call()
+        finally:
+            opened.end()
+
+    def _prepare(self, run: StageRun) -> None:
+        if self.prompts is not None and run.stage.canvas is not None and run.stage.canvas.window_prompts:
+            run.prompts = self.prompts.for_views(run, self.maps)
+
+    # Stages ------------------------------------------------------------------------------------------------------------
+
+    def _draw_stages(self, progressive: Progressive) -> Tensor:
+        """The native size, then larger and larger. What is changed of the host's job is put back whatever happens."""
+        p = self.p
+        names = ("rng", "denoising_strength", "sampler")
+        before = {name: getattr(p, name, None) for name in names}
+        self._tell_progress()
+        checkpoint = p.sd_model.sd_checkpoint_info
+        p.extra_generation_params[STAGES_KEY] = describe(self.stages)
+
+        def sample(run: StageRun) -> Tensor:
+            if run.number == 0:
+                return self._first(run)
+            self._reload(checkpoint)
+            return self._later(run)
+
+        try:
+            return progressive.run(sample, _is_stopped)
+        finally:
+            for name, value in before.items():
+                setattr(p, name, value)
+
+    def _first(self, run: StageRun) -> Tensor:
+        """From the noise that the host would start from at this size."""
+        self.p.rng = self._rng(run.size)
+        self.told["x"] = self.p.rng.next()
+        self.told["image_conditioning"] = self._picture(run.size, self.told["x"])
+        return self._sampled(run, self.sampler, self._as_asked, gather=True)
+
+    def _later(self, run: StageRun) -> Tensor:
+        """From the stage before."""
+        from modules import devices, sd_samplers, shared
+
+        p = self.p
+        shared.state.nextjob()
+        devices.torch_gc()
+        p.rng = self._rng(run.size)
+        sampler = p.sampler = sd_samplers.create_sampler(self.sampler.config.name, shared.sd_model)
+        scaled = samplers.is_scaled(sampler)
+        p.denoising_strength = samplers.denoising_strength(run.stage.strength, p.steps, scaled)
+
+        def call() -> Tensor:
+            return sampler.sample_img2img(
+                p,
+                run.reference,
+                run.noise,
+                self.told["conditioning"],
+                self.told["unconditional_conditioning"],
+                image_conditioning=self._picture(run.size, run.reference),
+            )
+
+        return self._sampled(run, sampler, call)
+
+    def _rng(self, size: Size) -> Any:
+        from modules import rng
+
+        p, channels = self.p, self.told["x"].shape[1]
+        return rng.ImageRNG(
+            (channels, *size),
+            p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            seed_resize_from_h=p.seed_resize_from_h,
+            seed_resize_from_w=p.seed_resize_from_w,
+        )
+
+    def _picture(self, size: Size, like: Tensor) -> Tensor:
+        """What an inpainting model gets beside the latents when nothing is given."""
+        height, width = (length * LATENT_FACTOR for length in size)
+        return self.p.txt2img_image_conditioning(like, width=width, height=height)
+
+    def _reload(self, checkpoint: Any) -> None:
+        """A refiner has drawn the end of the stage before: this one begins with the first model again."""
+        from modules import sd_models, shared
+
+        if shared.sd_model.sd_checkpoint_info == checkpoint:
+            return
+        with sd_models.SkipWritingToConfig():
+            sd_models.reload_model_weights(info=checkpoint)
+        self.p.setup_conds()
+        self.told["conditioning"], self.told["unconditional_conditioning"] = self.p.get_conds()
+
+    def _tell_progress(self) -> None:
+        """Each later stage is a job of its own; told once for all batches."""
+        from modules import shared
+
+        p = self.p
+        if getattr(p, "iteration", 0) != 0:
+            return
+        shared.state.job_count += p.n_iter * (len(self.stages) - 1)
+        steps = p.steps + sum(samplers.steps_of(stage.strength, p.steps) for stage in self.stages[1:])
+        if getattr(p, "enable_hr", False):
+            steps += p.hr_second_pass_steps or p.steps
+        shared.total_tqdm.updateTotal(steps * p.n_iter)
+
+    # Looking at a picture ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Attention maps of latents that are given: a few noised looks at the native size."""
+        from modules import prompt_parser, shared
+
+        size, _ = first_size(tuple(self.told["x"].shape[-2:]), self.model.native // LATENT_FACTOR)
+        parts, context = prompt_parser.reconstruct_multicond_batch(self.told["conditioning"], 0)
+        rows = [image for image, each in enumerate(parts) for _ in each]
+        small = F.interpolate(self.told["x"].float(), size=size, mode="bicubic", antialias=True)[rows]
+        noise = self._noise(size).to(small)[rows]
+        picture = self.told["image_conditioning"]
+        if picture is not None and tuple(picture.shape[-2:]) == tuple(self.told["x"].shape[-2:]):
+            picture = F.interpolate(picture.float(), size=size, mode="bilinear", antialias=True).to(picture)
+        told = self._conditioning(context, None if picture is None else picture[rows])
+        schedule = NoiseSchedule(shared.sd_model.alphas_cumprod.tolist())
+        with self.maps:
+            for timestep in LOOKS:
+                sigma = schedule.sigma(timestep)
+                state = (small + sigma * noise) / (sigma**2 + 1) ** 0.5
+                self.maps.rows(range(len(rows)))
+                when = torch.full((len(rows),), float(timestep), device=small.device)
+                shared.sd_model.apply_model(state.to(self.told["x"]), when, told)
+
+    def _noise(self, size: Size) -> Tensor:
+        """A corner of the pass's own noise, or of several of it side by side where a stage is longer than the pass."""
+        noise = self.told["noise"]
+        again = [-(-size[axis] // noise.shape[axis - 2]) for axis in (0, 1)]
+        return noise.repeat(1, 1, *again)[..., : size[0], : size[1]]
+
+    def _conditioning(self, context: Any, picture: Tensor | None) -> dict[str, Any]:
+        """What the host's denoiser tells its model."""
+        from modules import shared
+
+        if shared.sd_model.model.conditioning_key == "crossattn-adm":
+            return {"c_crossattn": [context], "c_adm": picture}
+        beside = {"c_concat": [picture]}
+        return {**context, **beside} if isinstance(context, dict) else {"c_crossattn": [context], **beside}
+
+
+def _is_stopped() -> bool:
+    """Interrupt or skip; "interrupt after the current image" lets this one be finished."""
+    from modules import shared
+
+    return bool(shared.state.interrupted or shared.state.skipped)
+
+
+def describe(stages: Sequence[Stage]) -> str:
+    """The stages' sizes in pixels: "256x256, 512x512"."""
+    return ", ".join(f"{s.size[1] * LATENT_FACTOR}x{s.size[0] * LATENT_FACTOR}" for s in stages)
