@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from live_a1111 import BAKED, LORA, TWIN, Refused, difference, encode
 
+from lib_hires.webui.arguments import controls
+
 HIDIFFUSION = [{"method": "hidiffusion"}]
 DEEP_SHRINK = [{"method": "deep_shrink"}]
 SAMPLERS = ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "DPM++ 3M SDE", "DPM++ SDE", "DPM++ 2S a", "Heun", "DPM2", "LMS",
@@ -36,7 +38,8 @@ def test_a_method_changes_the_picture_and_is_written_into_it(a1111, plain, hires
 
 
 def test_a_positional_list_draws_what_the_named_settings_draw(a1111):
-    positional = a1111.txt2img([True, "Deep Shrink", "both passes", 1.0, 0, "auto", "noise level", 1.5, 0.2])
+    values = {"enabled": True, "method": "Deep Shrink", "deep_shrink.strength": 1.5, "deep_shrink.stop1": 0.2}
+    positional = a1111.txt2img([values.get(control.key, control.setting.default) for control in controls()])
     named = a1111.txt2img([{"method": "deep_shrink", "strength": 1.5, "stop1": 0.2}])
     assert (positional.picture == named.picture).all()
 
