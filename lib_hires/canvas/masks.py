@@ -57,14 +57,15 @@ def kept_words(
     canvas: tuple[int, int],
     c: float,
     wrap: tuple[bool, bool] = (False, False),
+    outside: bool = False,
 ) -> list[list[int]]:
     """For each view the indices of the words that it keeps: those whose mask covers at least the part `c` of it.
 
     masks: bool (words, height, width) of the whole canvas. views: (top, left, height, width) in latents. canvas: its
-    (height, width) in latents. What of a view lies outside the canvas does not count, unless that axis wraps around.
-    c = 0 keeps every word, above 1 none.
+    (height, width) in latents. What of a view lies outside the canvas does not count, unless that axis wraps around;
+    outside: it counts as not covered, as published. c = 0 keeps every word, above 1 none.
     """
-    kept = covered(masks, views, canvas, wrap) >= c
+    kept = covered(masks, views, canvas, wrap, outside) >= c
     return [row.nonzero().flatten().tolist() for row in kept]
 
 
@@ -73,6 +74,7 @@ def covered(
     views: Sequence[tuple[int, int, int, int]],
     canvas: tuple[int, int],
     wrap: tuple[bool, bool] = (False, False),
+    outside: bool = False,
 ) -> torch.Tensor:
     """The part of each view that each mask covers: (views, words), fp64 on the CPU, exact up to one division.
 
@@ -85,7 +87,8 @@ def covered(
         for axis in (0, 1)
     )
     latents = torch.einsum("vi,wij,vj->vw", rows, masks, columns)
-    return latents / (rows.sum(1) * columns.sum(1)).clamp(min=1)[:, None]
+    area = corners[:, 2] * corners[:, 3] if outside else rows.sum(1) * columns.sum(1)
+    return latents / area.clamp(min=1)[:, None]
 
 
 def _latents_in_cells(start: torch.Tensor, length: torch.Tensor, cells: int, total: int, wrap: bool) -> torch.Tensor:

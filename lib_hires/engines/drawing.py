@@ -58,7 +58,7 @@ class Drawing:
                 self.engine.components, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
-            stage_run.hint = edges_of(self.engine.decode(self.latents), stage_run, self.engine.components.device)
+            stage_run.hint = edges_of(self.engine.decode(self.latents, wrap_of(stage_run.stage)), stage_run, self.engine.components.device)
 
     def sample(self, stage_run: StageRun) -> torch.Tensor:
         """One stage: latents (B, 4, h, w) fp32 on the device."""
@@ -109,6 +109,11 @@ class Drawing:
                 if self.on_step:
                     self.on_step(self.done, self.total)
         return latents
+
+
+def wrap_of(stage: Stage) -> tuple[bool, bool]:
+    """(top to bottom, left to right): the edges of a stage's canvas that meet."""
+    return stage.canvas.local.wrap if stage.canvas and stage.canvas.local else (False, False)
 
 
 def _fitted(denoiser, size: Size):

@@ -22,11 +22,11 @@ from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
 from ..schedule import NoiseSchedule, scaled_linear
-from ..vae import needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes
+from ..vae import needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
 from . import estimate, prompts
 from .components import Components
 from .denoiser import Denoiser, NoSession, on_noise
-from .drawing import Drawing, stage_sampler
+from .drawing import Drawing, stage_sampler, wrap_of
 from .job import Job, Result
 from .memory import peak_memory
 
@@ -72,7 +72,7 @@ class Engine:
             self.check(job)
             run = Drawing(self, job, session, on_step, stages, records or {}, on_latents)
             latents = run.draw()
-            images = self.decode(latents)
+            images = self.decode(latents, wrap_of(stages[-1]))
         return Result(
             images=images,
             latents=latents.float().cpu(),
@@ -159,11 +159,14 @@ class Engine:
         return NoiseSchedule(scaled_linear(self.components.beta_start, self.components.beta_end))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Latents (B, 4, h, w) to B pictures of (8w, 8h) pixels, one at a time; in exact tiles where memory asks for it."""
+    def decode(self, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False)) -> list[Image.Image]:
+        """Latents (B, 4, h, w) to B pictures of (8w, 8h) pixels, one at a time; in exact tiles where memory asks for it.
+
+        wrap: (top to bottom, left to right) edges that meet.
+        """
         vae = self.components.vae
         scaled = (latents / self.components.scaling_factor).to(device=self.components.device, dtype=vae.dtype)
-        with tiled(vae.decoder, **self.decode_tiles(scaled.shape)):
+        with tiled(vae.decoder, **self.decode_tiles(scaled.shape)), wrapped(vae.decoder, wrap):
             return [to_image(vae.decode(each[None], return_dict=False)[0][0]) for each in scaled]
 
     def decode_tiles(self, shape: Sequence[int]) -> dict[str, int]:

@@ -100,7 +100,7 @@ class Progressive:
 
     def later(self, stage: Stage, number: int, latents: Tensor) -> StageRun:
         """The run of a stage that starts from the `latents` before it."""
-        reference = enlarge(latents, stage.size)
+        reference = enlarge(latents, stage.size, stretch=stage.canvas is not None and stage.canvas.published)
         return self.started(stage, number, reference, self.noise(stage, number, reference))
 
     def started(self, stage: Stage, number: int, reference: Tensor, noise: Tensor) -> StageRun:

@@ -27,6 +27,7 @@ def window_texts(
     texts = {}
     for prompt, values in maps.items():
         places = [(*view.places[image_of[prompt]], *view.size) for view in views]
-        kept = kept_words(word_masks(values, words[prompt]), places, canvas.size, share, wrap=local.wrap)
+        masks = word_masks(values, words[prompt])
+        kept = kept_words(masks, places, canvas.size, share, local.wrap, outside=canvas.plan.published)
         texts[prompt] = [join([words[prompt][index] for index in indices], emphasis) for indices in kept]
     return texts

@@ -2,5 +2,6 @@
 
 from .cost import needs_tiles, plain_bytes, stored_bytes, tile_for, tiled_bytes
 from .tiled_decode import decode_tiled, tiled
+from .wrapped import wrapped
 
-__all__ = ["decode_tiled", "needs_tiles", "plain_bytes", "stored_bytes", "tile_for", "tiled", "tiled_bytes"]
+__all__ = ["decode_tiled", "needs_tiles", "plain_bytes", "stored_bytes", "tile_for", "tiled", "tiled_bytes", "wrapped"]
