@@ -161,8 +161,9 @@ def stage_scales(ratio: float, max_step: float) -> tuple[float, ...]:
     count = max(1, math.ceil(math.log(ratio) / math.log(max_step) - 1e-6))
     scales: list[float] = []
     for index in range(1, count):
-        even = ratio ** (index / count)
-        whole, last = float(round(even)), scales[-1] if scales else 1.0
+        last = scales[-1] if scales else 1.0
+        even = last * (ratio / last) ** (1 / (count - index + 1))
+        whole = float(round(even))
         fits = last < whole <= last * max_step and whole < ratio <= whole * max_step ** (count - index)
         scales.append(whole if fits else even)
     return (*scales, ratio)

@@ -23,7 +23,7 @@ def model(native_latents, family="sdxl"):
 class Blind(Engine):
     """An engine that does not decode."""
 
-    def decode(self, latents):
+    def decode(self, latents, wrap=(False, False)):
         return []
 
 
