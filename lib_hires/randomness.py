@@ -23,9 +23,9 @@ PURPOSES = {
     "window shift": "(seed, timestep, layer) -> k, the shift of MSW-MSA's windows",
     "initial noise": "(seed, stage) -> (C, h, w) unit noise that the first stage starts from; stage is 0",
     "stage noise": "(seed, stage) -> (C, h, w) unit noise of a later stage, counted from 1",
-    "view jitter": "(seed, stage, timestep, view, axis) -> latents that a view moves by; axis 'across', then 'down'",
+    "view jitter": "(seed, stage, timestep, view, axis) -> moves of a view in latents; axis 'across', then 'down'",
     "window interaction": "(seed, stage, timestep, group) -> (k, C or 1, h, w) whole numbers: grid that each grid reads",
-    "window prompts": "(seed, stage, view, axis) -> moves of the views that keep their place for a stage",
+    "window prompts": "(seed, stage, view, axis) -> moves of views that keep their place for a stage, in cells of 4 latents",
 }
 """Every purpose that numbers are drawn for, with its key and what is drawn."""
 

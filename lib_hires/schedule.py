@@ -29,6 +29,13 @@ def scaled_linear(beta_start: float = 0.00085, beta_end: float = 0.012, steps: i
     return products
 
 
+def to_zero_snr(products: Sequence[float]) -> list[float]:
+    """abar_t stretched so that the last one is 0, or 2^-24 as samplers in sigma need it (Lin et al. 2023, algorithm 1)."""
+    roots = [product**0.5 for product in products]
+    stretch = roots[0] / (roots[0] - roots[-1])
+    return [((root - roots[-1]) * stretch) ** 2 for root in roots[:-1]] + [2.0**-24]
+
+
 class NoiseSchedule:
     """sigma <-> timestep for one model; the same for eps and v models, which differ in what they predict only.
 

@@ -54,7 +54,7 @@ class AccDiffusion(StagedMethod):
     view_guidance: float = setting(
         AUTO,
         "View guidance",
-        "CFG scale inside views; -1 takes the sampler's.",
+        "CFG scale inside views; -1 takes the sampler's, as it does where the sampler has none (CFG 1).",
         low=1.0,
         high=30.0,
         step=0.5,

@@ -109,7 +109,7 @@ class StagedMethod(CanvasMethod):
     shuffle: ClassVar[str] = "none"
 
     stage_strength: float = setting(
-        0.5,
+        0.4,
         "Stage strength",
         "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, less starts "
         "each stage at a lower noise level, stays closer to the first picture and is as much faster.",

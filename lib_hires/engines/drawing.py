@@ -58,13 +58,16 @@ class Drawing:
                 self.engine.components, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
-            stage_run.hint = edges_of(self.engine.decode(self.latents, wrap_of(stage_run.stage)), stage_run, self.engine.components.device)
+            stage_run.hint = edges_of(
+                self.engine.decode(self.latents, wrap_of(stage_run.stage)), stage_run, self.engine.components.device
+            )
 
     def sample(self, stage_run: StageRun) -> torch.Tensor:
         """One stage: latents (B, 4, h, w) fp32 on the device."""
         started = time.perf_counter()
         run, first, _ = self.sampler(stage_run.stage, stage_run.number)
-        noise, generators = self.engine.noise(self.job, stage_run.size, self.records.get("initial noise"))
+        record = self.records.get("initial noise") if stage_run.reference is None else None
+        noise, generators = self.engine.noise(self.job, stage_run.size, record)
         latents = noise * run.initial_sigma
         if stage_run.reference is not None:
             latents = run.noised(stage_run.reference, stage_run.noise, first)

@@ -50,7 +50,7 @@ class CanvasDenoiser:
     def _guide(self, rows: Tensor) -> Tensor:
         """Rows such that the sampler's guidance scale gives the views' own: u, u + (w_view / w) (c - u)."""
         own = self.run.stage.canvas.guidance
-        if not own or self.cfg in (1, own):
+        if not own or self.cfg in (0, 1, own):
             return rows
         negative, positive = rows.chunk(2)
         return torch.cat([negative, negative + (own / self.cfg) * (positive - negative)])

@@ -21,7 +21,7 @@ from ..config.errors import HiresError, SettingError
 from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
-from ..schedule import NoiseSchedule, scaled_linear
+from ..schedule import NoiseSchedule, scaled_linear, to_zero_snr
 from ..vae import needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
 from . import estimate, prompts
 from .components import Components
@@ -156,7 +156,8 @@ class Engine:
 
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that the model was trained with."""
-        return NoiseSchedule(scaled_linear(self.components.beta_start, self.components.beta_end))
+        products = scaled_linear(self.components.beta_start, self.components.beta_end)
+        return NoiseSchedule(to_zero_snr(products) if self.components.zero_terminal_snr else products)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False)) -> list[Image.Image]:

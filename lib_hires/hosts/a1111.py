@@ -126,7 +126,9 @@ class A1111:
             for name in _SAMPLER_FUNCTIONS:
                 _wrap(p.sampler, name, lambda *call: self._draw(p, job.request, *call))
 
-    def _draw(self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict) -> Any:
+    def _draw(
+        self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         """What a wrapped sampler function does."""
 
         def make_run(stage: StageRun | None = None, maps: AttentionMaps | None = None) -> Run:

@@ -169,8 +169,10 @@ def test_an_interior_far_from_edges_is_the_whole_model():
     )
 
 
-@pytest.mark.parametrize("local", (WINDOW, replace(WINDOW, edge=ZEROS), replace(WINDOW, wrap=(False, True)),
-                                   replace(WINDOW, weights=GAUSSIAN)))
+@pytest.mark.parametrize(
+    "local",
+    (WINDOW, replace(WINDOW, edge=ZEROS), replace(WINDOW, wrap=(False, True)), replace(WINDOW, weights=GAUSSIAN)),
+)
 def test_averaging_predictions_then_an_euler_step_is_averaging_stepped_views(local):
     x, sigma, lower = 5 * random(1, 4, 32, 40), 5.0, 3.5
     plan = CanvasPlan(local)

@@ -39,6 +39,8 @@ def replay(method, constants, height, width, window_texts=None, monkeypatch=None
         monkeypatch.setattr(
             "lib_hires.engines.staged.window_texts", lambda canvas, *_, **__: {0: window_texts[canvas.stage]}
         )
+    if constants.word_share:
+        assert len(set(drawn.texts[1])) > 1
     job = Job(prompt, negative, width, height, steps=constants.steps, cfg=constants.guidance, seed=7)
     stages = method.stages(model(constants.window), (height // 8, width // 8), Common())
     if group:
@@ -57,7 +59,12 @@ def replay(method, constants, height, width, window_texts=None, monkeypatch=None
     return [*apart, float((result.latents - drawn.final).abs().max() / drawn.final.std())]
 
 
-SIZES = {"2x": (256, 256), "2x portrait": (256, 192), "3x": (384, 384), "3x landscape, rows that 3 does not divide": (320, 384)}
+SIZES = {
+    "2x": (256, 256),
+    "2x portrait": (256, 192),
+    "3x": (384, 384),
+    "3x landscape, rows that 3 does not divide": (320, 384),
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,7 +76,12 @@ def test_demofusion_equals_the_literal_pipeline_after_every_step(size):
 @pytest.mark.parametrize("cosines", ((1.0, 3.0, 2.0), (5.0, 0.5, 1.0)))
 def test_demofusion_s_exponents_mean_what_the_literal_pipeline_means(cosines):
     method = DemoFusion(
-        published=True, stage_strength=1.0, cosine_1=cosines[0], cosine_2=cosines[1], cosine_3=cosines[2], filter_sigma=1.5
+        published=True,
+        stage_strength=1.0,
+        cosine_1=cosines[0],
+        cosine_2=cosines[1],
+        cosine_3=cosines[2],
+        filter_sigma=1.5,
     )
     assert max(replay(method, Published(16, cosines=cosines, sigma=1.5), 256, 256)) < NEAR
 

@@ -1,5 +1,6 @@
 """Views: every latent is covered, weights add up to one, edges and circles, the same draws for the same seeds."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -78,7 +79,7 @@ def test_starts_cover_an_axis_with_as_few_views_as_the_stride_allows(length, win
         return
     covered = {at % length if wrap else at for start in found for at in range(start, start + window)}
     assert covered == set(range(length))
-    gaps = [b - a for a, b in zip(found, found[1:])] + ([length - found[-1]] if wrap else [])
+    gaps = [b - a for a, b in itertools.pairwise(found)] + ([length - found[-1]] if wrap else [])
     assert all(0 < gap <= stride for gap in gaps)
     assert len(found) == (math.ceil(length / stride) if wrap else math.ceil((length - window) / stride) + 1)
 

@@ -9,7 +9,9 @@ import torch
 from ...config.errors import HiresError
 from ...vae import needs_tiles, tile_for, tiled
 
-NOTE = "the picture is decoded in tiles of {tile} latents, which changes nothing in it: as a whole it needs more memory."
+NOTE = (
+    "the picture is decoded in tiles of {tile} latents, which changes nothing in it: as a whole it needs more memory."
+)
 
 
 class Decoding:

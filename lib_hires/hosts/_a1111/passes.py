@@ -1,9 +1,9 @@
 """A sampling pass of AUTOMATIC1111 by a method with a canvas: one run with views, or stages.
 
-    sample          MultiDiffusion and the like: the host's call, on a canvas
-                    stages: the host's call at the native size; then for each later stage a new sampler of the same kind,
-                    random numbers of the stage's size, and `sample_img2img` on the enlarged latents
-    sample_img2img  the hires pass and img2img: the host's call on one canvas, from the host's latents and noise
+sample          MultiDiffusion and the like: the host's call, on a canvas
+                stages: the host's call at the native size; then for each later stage a new sampler of the same kind,
+                random numbers of the stage's size, and `sample_img2img` on the enlarged latents
+sample_img2img  the hires pass and img2img: the host's call on one canvas, from the host's latents and noise
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from ...request import Request
 from ...schedule import NoiseSchedule
 from ...stages.progressive import Progressive, StageRun
 from ...unet.attention_maps import AttentionMaps
-from . import samplers
+from . import control, samplers
 from .window_words import Prompts
 
 STAGES_KEY = "HL Stages"
-NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): ControlNets are not used for them in this WebUI yet."
 LOOKS = (800, 600, 400, 200)
 """Timesteps at which a picture that is given is looked at for attention maps."""
 
@@ -63,8 +62,10 @@ class Pass:
         self._refuse()
         later = self.stages if self.is_started else self.stages[1:]
         self._wants_words = any(stage.canvas and stage.canvas.window_prompts for stage in later)
+        self.checkpoint = p.sd_model.sd_checkpoint_info
         self.maps: AttentionMaps | None = None
         self.prompts: Prompts | None = None
+        self._before: Tensor | None = None
 
     def _refuse(self) -> None:
         """Raise what cannot be done; note what is left out."""
@@ -75,8 +76,10 @@ class Pass:
         later = self.stages if self.is_started else self.stages[1:]
         if any(stage.canvas and stage.canvas.skip_residual for stage in later):
             samplers.check(self.sampler)
-        if any(stage.canvas and stage.canvas.edges for stage in later):
-            self.note(NO_CONTROL)
+        self._takes_edges = any(stage.canvas and stage.canvas.edges for stage in later)
+        if self._takes_edges and control.edge_param(self.p) is None:
+            self._takes_edges = False
+            self.note(control.NO_UNIT)
 
     def draw(self) -> Tensor:
         """What the sampler's function returns: latents (B, C, H, W)."""
@@ -102,16 +105,22 @@ class Pass:
 
     def _sampled(self, run: StageRun, sampler: Any, call: Callable[[], Tensor], gather: bool = False) -> Tensor:
         opened = self.open_run(run, self.maps if gather else None)
+        hints = opened.views.hints = control.Hints(self.p, run, sampler, self._takes_edges)
         try:
             opened.begin(sampler)
-            with self.maps if gather and self.maps is not None else contextlib.nullcontext():
+            with hints, self.maps if gather and self.maps is not None else contextlib.nullcontext():
                 return call()
         finally:
             opened.end()
 
     def _prepare(self, run: StageRun) -> None:
+        """Before a stage that starts from latents: its model, and the words of its views."""
+        if not self.is_started:
+            self._reload()
         if self.prompts is not None and run.stage.canvas is not None and run.stage.canvas.window_prompts:
             run.prompts = self.prompts.for_views(run, self.maps)
+        if self._takes_edges and run.stage.canvas is not None and run.stage.canvas.edges:
+            run.hint = control.edges_of(self.told["x"] if self._before is None else self._before, run)
 
     # Stages ------------------------------------------------------------------------------------------------------------
 
@@ -121,14 +130,11 @@ class Pass:
         names = ("rng", "denoising_strength", "sampler")
         before = {name: getattr(p, name, None) for name in names}
         self._tell_progress()
-        checkpoint = p.sd_model.sd_checkpoint_info
         p.extra_generation_params[STAGES_KEY] = describe(self.stages)
 
         def sample(run: StageRun) -> Tensor:
-            if run.number == 0:
-                return self._first(run)
-            self._reload(checkpoint)
-            return self._later(run)
+            self._before = self._later(run) if run.number else self._first(run)
+            return self._before
 
         try:
             return progressive.run(sample, _is_stopped)
@@ -185,14 +191,14 @@ class Pass:
         height, width = (length * LATENT_FACTOR for length in size)
         return self.p.txt2img_image_conditioning(like, width=width, height=height)
 
-    def _reload(self, checkpoint: Any) -> None:
+    def _reload(self) -> None:
         """A refiner has drawn the end of the stage before: this one begins with the first model again."""
         from modules import sd_models, shared
 
-        if shared.sd_model.sd_checkpoint_info == checkpoint:
+        if shared.sd_model.sd_checkpoint_info == self.checkpoint:
             return
         with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=checkpoint)
+            sd_models.reload_model_weights(info=self.checkpoint)
         self.p.setup_conds()
         self.told["conditioning"], self.told["unconditional_conditioning"] = self.p.get_conds()
 
@@ -226,7 +232,7 @@ class Pass:
             picture = F.interpolate(picture.float(), size=size, mode="bilinear", antialias=True).to(picture)
         told = self._conditioning(context, None if picture is None else picture[rows])
         schedule = NoiseSchedule(shared.sd_model.alphas_cumprod.tolist())
-        with self.maps:
+        with control.Silent(self.p), self.maps:
             for timestep in LOOKS:
                 sigma = schedule.sigma(timestep)
                 state = (small + sigma * noise) / (sigma**2 + 1) ** 0.5

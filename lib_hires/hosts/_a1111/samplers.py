@@ -10,7 +10,8 @@ from typing import Any
 from ...config.errors import SettingError
 
 LOSING = ("UniPC", "DPM adaptive")
-"""UniPC corrects each step from its own memory of the one before; DPM adaptive takes the change for an error of its step."""
+"""UniPC corrects each step from its own memory of the one before; DPM adaptive chooses its steps by errors that the change
+would enter, so that nobody knows how many there will be."""
 
 
 def check(sampler: Any) -> None:

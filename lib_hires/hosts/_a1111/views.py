@@ -20,11 +20,14 @@ from ...canvas.canvas import LOCAL, Tile, crop_hint, padded_crops
 from ...plan.models import LATENT_FACTOR
 from ...schedule import Moment
 from ...stages.progressive import StageRun
+from .control import Hints, is_marked
 
 TEXTS = ("c_crossattn", "crossattn")
 XL_VECTOR, XL_CROPS, XL_WIDTH = 2816, 1792, 256
 """SDXL's vector: 1280 of the text, then six numbers of 256 columns each: size, crop (top, left), target size."""
-SEPARATE = "'view_guidance' has no effect where cond and uncond are drawn in separate calls: the sampler's scale is used."
+SEPARATE = (
+    "'view_guidance' has no effect where cond and uncond are drawn in separate calls: the sampler's scale is used."
+)
 
 
 class Views:
@@ -36,6 +39,7 @@ class Views:
     def __init__(self, run: StageRun, note: Callable[[str], None]):
         self.run, self.note = run, note
         self.session: Any = None
+        self.hints: Hints | None = None
         self._moment = Moment(999.0, 1.0)
         self._rows: tuple[tuple[int, int | None], ...] = ()
         self._scale = 1.0
@@ -69,11 +73,15 @@ class Views:
             rows = self._take(x.shape[0])
             canvas = self.run.canvas
             if not rows or canvas is None or canvas.covers_at_once or tuple(x.shape[-2:]) != tuple(self.run.size):
+                if self.hints is not None:
+                    self.hints.whole()
                 return previous(x, t, cond, *args, **kwargs)
             images = tuple(image for image, _ in rows)
 
             def evaluate(inputs: Tensor, tiles: Sequence[Tile]) -> Tensor:
                 self.session.rows(images * len(tiles))
+                if self.hints is not None:
+                    self.hints.show(tiles, images)
                 told = joined([self.told(cond, tile, rows) for tile in tiles])
                 return previous(inputs, t.repeat(len(tiles)), told, *args, **kwargs)
 
@@ -133,7 +141,8 @@ class Views:
             if prompt in prompts:
                 told = prompts[prompt][tile.index]
                 found = told[key] if isinstance(told, dict) else told
-                value[index] = fitted(found, value[index]) if key in TEXTS else found.to(value)
+                first = int(key in TEXTS and is_marked(value[index]))  # ControlNet's own token stays
+                value[index, first:] = fitted(found, value[index, first:]) if key in TEXTS else found.to(value)
         return value
 
     def _with_crops(self, vector: Tensor, tile: Tile, rows: Sequence) -> Tensor:

@@ -18,7 +18,9 @@ from ...stages.progressive import StageRun
 from ...stages.window_prompts import window_texts
 from ...unet.attention_maps import AttentionMaps
 
-SCHEDULED = "each view has the whole prompt: prompts that change during a run ([a:b:0.5], [a|b]) have no words of their own."
+SCHEDULED = (
+    "each view has the whole prompt: prompts that change during a run ([a:b:0.5], [a|b]) have no words of their own."
+)
 _TEXTS_AT_ONCE = 8
 
 
