@@ -147,7 +147,8 @@ class A1111:
             finally:
                 run.end()
         if isinstance(latents, torch.Tensor):
-            _say(p, filter(None, [self._decoding.open(latents)]))
+            wrap = (getattr(request.method, "wrap_y", False), getattr(request.method, "wrap_x", False))
+            _say(p, filter(None, [self._decoding.open(latents, wrap)]))
         return latents
 
     def after_decoding(self, p: Any) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ...config.errors import HiresError
-from ...vae import needs_tiles, tile_for, tiled
+from ...vae import needs_tiles, tile_for, tiled, wrapped
 
 NOTE = (
     "the picture is decoded in tiles of {tile} latents, which changes nothing in it: as a whole it needs more memory."
@@ -18,16 +18,27 @@ class Decoding:
     """What is open now; `close` may be called any number of times."""
 
     def __init__(self) -> None:
-        self._open: list[tiled] = []
+        self._open: list[tiled | wrapped] = []
 
-    def open(self, latents: torch.Tensor) -> str | None:
-        """Decode pictures of this size in tiles where the whole would not fit. Returns a note if so. latents: (B, C, h, w)."""
-        from modules import devices, shared
+    def open(self, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False)) -> str | None:
+        """Decode pictures of this size in tiles where the whole would not fit. Returns a note if so.
+
+        latents: (B, C, h, w). wrap: (top to bottom, left to right) edges that meet.
+        """
+        from modules import shared
 
         self.close()
         decoder = getattr(getattr(shared.sd_model, "first_stage_model", None), "decoder", None)
         if not isinstance(decoder, torch.nn.Module) or getattr(shared.opts, "sd_vae_decode_method", "Full") != "Full":
             return None
+        note = self._open_tiles(decoder, latents)
+        if any(wrap):
+            self._enter(wrapped(decoder, wrap))
+        return note
+
+    def _open_tiles(self, decoder: torch.nn.Module, latents: torch.Tensor) -> str | None:
+        from modules import devices
+
         shape, bytes_each = (1, *latents.shape[1:]), torch.finfo(devices.dtype_vae).bits // 8
         free = free_bytes(latents.device)
         if not needs_tiles(shape, free, bytes_each):
@@ -36,10 +47,12 @@ class Decoding:
             tile = tile_for(free, bytes_each, shape)
         except HiresError:
             return None  # not even tiles fit: the host's own error tells
-        context = tiled(decoder, tile=tile, above=math.isqrt(shape[2] * shape[3] - 1))
+        self._enter(tiled(decoder, tile=tile, above=math.isqrt(shape[2] * shape[3] - 1)))
+        return NOTE.format(tile=tile)
+
+    def _enter(self, context: tiled | wrapped) -> None:
         context.__enter__()
         self._open.append(context)
-        return NOTE.format(tile=tile)
 
     def close(self) -> None:
         """Take it back."""
