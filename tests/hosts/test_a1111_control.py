@@ -49,7 +49,9 @@ class Param:
 
     def used(self, height):
         """The hint that a call for latents of this height uses, and whether it counts as the hires pass."""
-        first, second = (8 * height - getattr(hint, "shape", (0, 0, 0))[2] for hint in (self.hint_cond, self.hr_hint_cond))
+        first, second = (
+            8 * height - getattr(hint, "shape", (0, 0, 0))[2] for hint in (self.hint_cond, self.hr_hint_cond)
+        )
         if isinstance(self.hr_hint_cond, Tensor) and not abs(first) < abs(second):
             return self.hr_hint_cond, True
         self.used_hint_cond = self.hint_cond if self.used_hint_cond is None else self.used_hint_cond
@@ -87,7 +89,11 @@ def local(*corners, index=0):
 
 
 def test_without_the_extension_there_is_nothing():
-    for p in (SimpleNamespace(), SimpleNamespace(scripts=None), SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=[]))):
+    for p in (
+        SimpleNamespace(),
+        SimpleNamespace(scripts=None),
+        SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=[])),
+    ):
         assert params_of(p) == [] and edge_param(p) is None
         with Hints(p, stage(), sampler(), takes_edges=True) as hints, Silent(p):
             hints.whole()
