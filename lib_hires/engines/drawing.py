@@ -55,7 +55,7 @@ class Drawing:
         plan = stage_run.stage.canvas
         if plan and plan.window_prompts:
             stage_run.prompts = encode_windows(
-                self.engine.components, self.job.prompt, self.maps, stage_run, self.job.batch
+                self.engine.components, self.job.negative, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
             stage_run.hint = edges_of(

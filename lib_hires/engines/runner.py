@@ -171,9 +171,12 @@ def load_control(folder: str | None, components: Components) -> Any:
     path = Path(folder)
     if not path.exists():
         raise SettingError("controlnet", folder, "a folder or a file that exists", "Check the path.")
-    load = ControlNetModel.from_pretrained if path.is_dir() else ControlNetModel.from_single_file
     try:
-        control = load(str(path), torch_dtype=components.dtype)
+        if path.is_dir():  # never from pickles
+            options = {"use_safetensors": True, "low_cpu_mem_usage": False}
+            control = ControlNetModel.from_pretrained(str(path), torch_dtype=components.dtype, **options)
+        else:
+            control = ControlNetModel.from_single_file(str(path), torch_dtype=components.dtype)
     except Exception as error:
         raise HiresError(f"the ControlNet '{folder}' cannot be read: {error}") from error
     if control.config.cross_attention_dim != components.unet.config.cross_attention_dim:

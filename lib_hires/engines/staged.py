@@ -128,7 +128,9 @@ def control_residuals(control, x: Tensor, t: Tensor, told: Conditioning, hint: T
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
-def encode_windows(components: Components, prompt: str, maps, run: StageRun, images: int) -> list[Conditioning]:
+def encode_windows(
+    components: Components, negative: str, prompt: str, maps, run: StageRun, images: int
+) -> list[Conditioning]:
     """For each view of a stage the conditioning of its window prompts, one row for each image; each text is encoded once.
 
     maps: the first stage's `AttentionMaps`.
@@ -144,8 +146,8 @@ def encode_windows(components: Components, prompt: str, maps, run: StageRun, ima
         emphasis=False,
     )
     unique = list(dict.fromkeys(text for image in everyone for text in texts[image]))
-    encoded = prompts.encode(components, [prompt, *unique])  # beside the whole prompt: as many chunks as it has
-    row_of = {text: row for row, text in enumerate(unique, start=1)}
+    encoded = prompts.encode(components, [negative, prompt, *unique])  # beside these two: as many chunks as they have
+    row_of = {text: row for row, text in enumerate(unique, start=2)}
     return [encoded[[row_of[texts[image][view]] for image in everyone]] for view in range(len(texts[0]))]
 
 

@@ -22,7 +22,7 @@ from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
 from ..schedule import NoiseSchedule, scaled_linear, to_zero_snr
-from ..vae import needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
+from ..vae import MIN_TILE, needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
 from . import estimate, prompts
 from .components import Components
 from .denoiser import Denoiser, NoSession, on_noise
@@ -123,6 +123,7 @@ class Engine:
             if value != below:
                 fit = f"{below} or {below + factor}" if below else factor
                 raise SettingError(name, value, f"a multiple of {factor} (pixels per latent)", f"Use {fit}.")
+        self.decode_tiles((1, self.components.latent_channels, job.height // factor, job.width // factor))
         channels = self.components.unet.config.in_channels
         if channels != self.components.latent_channels and not self.components.is_inpainting:
             raise HiresError(
@@ -184,7 +185,11 @@ class Engine:
         one = (1, *shape[1:])
         if not needs_tiles(one, limit, number):
             return {"above": max(shape[-2:]), "tile": CPU_TILE}
-        return {"above": 0, "tile": tile_for(limit, number, one)}
+        try:
+            return {"above": 0, "tile": tile_for(limit, number, one)}
+        except SettingError as error:
+            least = f"at least {-(-tiled_bytes(one, MIN_TILE, number) // 2**20)} (MiB) for this size"
+            raise SettingError("decode_memory", limit // 2**20, least, "Raise it or free memory.") from error
 
     def _masked_picture(self, job: Job) -> torch.Tensor | None:
         """An inpainting UNet's further channels for drawing everything anew: a mask of ones and a grey picture's latent."""

@@ -1,7 +1,17 @@
 """The autoencoder at any size: exact decoding in tiles (tiled_decode.py), and what it costs (cost.py)."""
 
 from .cost import needs_tiles, plain_bytes, stored_bytes, tile_for, tiled_bytes
-from .tiled_decode import decode_tiled, tiled
+from .tiled_decode import MIN_TILE, decode_tiled, tiled
 from .wrapped import wrapped
 
-__all__ = ["decode_tiled", "needs_tiles", "plain_bytes", "stored_bytes", "tile_for", "tiled", "tiled_bytes", "wrapped"]
+__all__ = [
+    "MIN_TILE",
+    "decode_tiled",
+    "needs_tiles",
+    "plain_bytes",
+    "stored_bytes",
+    "tile_for",
+    "tiled",
+    "tiled_bytes",
+    "wrapped",
+]

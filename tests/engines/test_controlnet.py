@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel
 
 from lib_hires import Request
-from lib_hires.config import HiresError
+from lib_hires.config import HiresError, SettingError
 from lib_hires.engines.drawing import NO_CONTROL
 from lib_hires.engines.runner import load_control, session_for, stages_of
 from lib_hires.engines.standalone import Engine, Job
@@ -90,3 +90,19 @@ def test_a_controlnet_is_read_from_a_folder_and_a_wrong_one_is_refused(component
     (tmp_path / "empty").mkdir()
     with pytest.raises(HiresError, match="cannot be read"):
         load_control(str(tmp_path / "empty"), components)
+
+
+def test_a_negative_prompt_longer_than_the_prompt_fits_beside_window_prompts(components):
+    job = replace(JOB, negative="blurred " * 90)
+    assert torch.isfinite(drawn(components, None, "accdiffusion", job).latents).all()
+
+
+def test_a_memory_limit_below_the_smallest_tile_is_refused_before_anything_is_drawn(components):
+    calls = []
+    handle = components.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(SettingError, match="'decode_memory' is 1, must be at least"):
+            Engine(components, decode_bytes=2**20).generate(JOB)
+    finally:
+        handle.remove()
+    assert calls == []
