@@ -20,6 +20,7 @@ from ..plan.tiling import (
     Local,
     Stage,
     first_size,
+    fitting,
     nearest_factor,
     stage_scales,
 )
@@ -163,7 +164,7 @@ class StagedMethod(CanvasMethod):
             return (Stage(size),)
         result = [Stage(first)]
         for scale in stage_scales(ratio, self.max_step):
-            reached = size if scale == ratio else tuple(8 * round(length * scale / ratio / 8) for length in size)
+            reached = size if scale == ratio else tuple(fitting(length * scale / ratio) for length in size)
             result.append(Stage(reached, scale, self.stage_strength, self.canvas(model, reached, scale)))
         return tuple(result)
 

@@ -14,6 +14,7 @@ from .route import Size
 
 UNIFORM, GAUSSIAN = "uniform", "gaussian"
 MIRROR, ZEROS = "mirror", "zeros"
+MOST_EXCESS = 1.08
 NO_SHUFFLE, BY_POSITION, BY_CHANNEL = "none", "position", "channel"
 
 
@@ -179,9 +180,16 @@ def first_size(size: Size, native: int) -> tuple[Size, float]:
     ratio = max(1.0, min(longest / native, shortest / (native / 2)))
     if ratio >= 1.75:
         ratio = float(nearest_factor(ratio))
-    return (_fitting(size[0] / ratio), _fitting(size[1] / ratio)), ratio
+    return (fitting(size[0] / ratio), fitting(size[1] / ratio)), ratio
 
 
-def _fitting(length: float) -> int:
-    """A side that UNets take without odd maps: rounded up to a multiple of 8 latents; hand-offs cut what is too much."""
-    return max(8, math.ceil(length / 8 - 1e-6) * 8)
+def fitting(length: float) -> int:
+    """A side near `length` that UNets like, rounded up; hand-offs cut what is too much.
+
+    A multiple of 8 latents, so that no map is odd; of 4, 2 or 1 where that would be more than 8 % too much.
+    """
+    for multiple in (8, 4, 2, 1):
+        reached = max(multiple, math.ceil(length / multiple - 1e-6) * multiple)
+        if reached <= MOST_EXCESS * length:
+            break
+    return reached
