@@ -26,14 +26,12 @@ class Batches:
 
     def __init__(self, limit: int = 0):
         self.limit = limit
-        self.calls = 0
         self.evaluations = 0
         self._found: dict[tuple, int] = {}
 
     def run(
         self,
         pieces: Iterable[tuple[Any, Tensor]],
-        rows: int,
         evaluate: Callable[[Tensor, list[Any]], Tensor],
     ) -> Iterator[tuple[Any, Tensor]]:
         """(tile, prediction (N, C, h, w)) of each piece (tile, input (N, C, h, w)) in order; all inputs have one size."""
@@ -46,7 +44,7 @@ class Batches:
                     return
                 waiting = [first]
             key = tuple(waiting[0][1].shape)
-            size = self._size(key, waiting[0][1])
+            size = self._size(key)
             waiting += islice(source, size - len(waiting)) if size > len(waiting) else []
             batch, waiting = waiting[:size], waiting[size:]
             try:
@@ -60,7 +58,7 @@ class Batches:
                 continue
             yield from zip((tile for tile, _ in batch), outputs)
 
-    def _size(self, key: tuple, like: Tensor) -> int:
+    def _size(self, key: tuple) -> int:
         if key in self._found:
             return self._found[key]
         if self.limit:
@@ -75,7 +73,6 @@ class Batches:
             before = torch.cuda.memory_allocated(joined.device)
             torch.cuda.reset_peak_memory_stats(joined.device)
         outputs = evaluate(joined, [tile for tile, _ in batch])
-        self.calls += 1
         self.evaluations += len(batch)
         if measured:
             taken = max(1, torch.cuda.max_memory_allocated(joined.device) - before)

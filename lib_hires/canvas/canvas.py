@@ -18,13 +18,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..plan.models import LATENT_FACTOR
 from ..plan.route import Size
 from ..plan.tiling import BY_CHANNEL, NO_SHUFFLE, ZEROS, CanvasPlan
 from ..randomness import Records, Stream
 from ..schedule import Moment
 from . import draws
 from .batches import Batches
-from .views import Cutter, Place, View, gaussian, join_grids, split_grids, views_of
+from .views import Cutter, Place, View, filled_up, gaussian, join_grids, split_grids, views_of
 
 LOCAL, DILATED, WHOLE = "local", "dilated", "whole"
 
@@ -40,10 +41,6 @@ class Tile:
     index: int
     size: Size
     places: tuple[Place, ...] | None = None
-
-    def crop(self, image: int) -> Place:
-        """(top, left) in latents that the network may be told, never negative; (0, 0) for what covers the canvas."""
-        return (0, 0) if self.places is None else tuple(max(0, start) for start in self.places[image])
 
 
 Evaluate = Callable[[Tensor, Sequence[Tile]], Tensor]
@@ -117,7 +114,7 @@ class Canvas:
         padded, sums = cutter.padded(x), cutter.sums(x)
         views = self.views(moment)
         pieces = ((Tile(LOCAL, view.index, view.size, view.places), cutter.cut(padded, view)) for view in views)
-        for (_, prediction), view in zip(self.batches.run(pieces, len(images), evaluate), views):
+        for (_, prediction), view in zip(self.batches.run(pieces, evaluate), views):
             cutter.add(sums, view, prediction)
         return cutter.mean(sums)
 
@@ -130,17 +127,15 @@ class Canvas:
         inputs = grids if exchange is None else grids.gather(0, exchange)
         size = tuple(grids.shape[-2:])
         pieces = ((Tile(DILATED, index, size), inputs[index].to(x.dtype)) for index in range(len(inputs)))
-        outputs = torch.stack([output.float() for _, output in self.batches.run(pieces, len(images), evaluate)])
+        outputs = torch.stack([output.float() for _, output in self.batches.run(pieces, evaluate)])
         if exchange is not None:
             outputs = torch.empty_like(outputs).scatter_(0, exchange, outputs)
         return join_grids(outputs, plan.dilation, self.size)
 
     def _filtered_grids(self, x: Tensor, dilation: int, sigma: float, published: bool) -> Tensor:
         """(s*s, N, C, h, w) fp32. As published the zeros that fill up the canvas are filtered along with it."""
-        if published:
-            filled = join_grids(split_grids(x.float(), dilation, True), dilation, _filled(self.size, dilation))
-            return split_grids(gaussian(filled, dilation, sigma, True), dilation, True)
-        return split_grids(gaussian(x.float(), dilation, sigma), dilation)
+        canvas = filled_up(x.float(), dilation, published) if published else x.float()
+        return split_grids(gaussian(canvas, dilation, sigma, published), dilation, published)
 
     def _exchange(self, grids: Tensor, moment: Moment, images: Sequence[int]) -> Tensor | None:
         """(s*s, N, C, h, w): the grid that each grid reads each latent from; None without window interaction."""
@@ -161,10 +156,6 @@ class Canvas:
             place = (self.seeds[image], self.stage, moment.key, first // group)
             parts.append(first + draws.bijections(self._shuffles, size, shape, *place))
         return torch.cat(parts)
-
-
-def _filled(size: Size, dilation: int) -> Size:
-    return tuple(-(-length // dilation) * dilation for length in size)
 
 
 def crop_hint(hint: Tensor, tile: Tile, images: Iterable[int], canvas: Size, plan: CanvasPlan) -> Tensor:
@@ -189,7 +180,12 @@ def crop_hint(hint: Tensor, tile: Tile, images: Iterable[int], canvas: Size, pla
     return rearrange(torch.cat(rows), "n (c f g) h w -> n c (h f) (w g)", f=factor, g=factor)
 
 
-def padded_crops(plan: CanvasPlan) -> int:
-    """Latents that published views are told to lie too far down and right: the width of their zero border."""
-    local = plan.local
-    return local.jitter if plan.published and local is not None and local.edge == ZEROS else 0
+def crop_numbers(plan: CanvasPlan, tile: Tile, images: Iterable[int]) -> list[list[int]]:
+    """[top, left] in pixels that SDXL is told for each image of a tile with places: never negative.
+
+    As published views are told to lie too far down and right, by the width of their zero border.
+    """
+    published = plan.published and plan.local is not None and plan.local.edge == ZEROS
+    more = plan.local.jitter if published else 0
+    places = [tile.places[image] for image in images]
+    return [[LATENT_FACTOR * (start + more if more else max(0, start)) for start in place] for place in places]

@@ -32,6 +32,11 @@ class View:
     size: Size
     places: tuple[Place, ...]
 
+    @property
+    def place(self) -> Place | None:
+        """Where it lies if that is the same for all images."""
+        return self.places[0] if len(set(self.places)) == 1 else None
+
 
 def views_of(local: Local, size: Size, seeds: Sequence[int], draws: Stream, *when: object) -> list[View]:
     """The views on a canvas of `size`, moved by each image's draws for the place `when` (stage, noise level)."""
@@ -90,9 +95,8 @@ class Cutter:
 
     def cut(self, padded: Tensor, view: View) -> Tensor:
         """(N, C, h, w): the view of every row of `padded(canvas)`."""
-        first = view.places[0]
-        if all(place == first for place in view.places):
-            return self._cut(padded, first, view.size)
+        if view.place is not None:
+            return self._cut(padded, view.place, view.size)
         return torch.stack([self._cut(row, view.places[image], view.size) for row, image in zip(padded, self.images)])
 
     def _cut(self, canvas: Tensor, place: Place, size: Size) -> Tensor:
@@ -118,10 +122,9 @@ class Cutter:
         """Add a view's prediction (N, C, h, w), weighted."""
         weight = view_weights(self.local, view.size, str(prediction.device))
         weighted = prediction.float() * weight
-        first = view.places[0]
-        if all(place == first for place in view.places):
-            self._add(sums[0], first, view.size, weighted)
-            self._add(sums[1], first, view.size, weight)
+        if view.place is not None:
+            self._add(sums[0], view.place, view.size, weighted)
+            self._add(sums[1], view.place, view.size, weight)
             return
         for row, image in enumerate(self.images):
             self._add(sums[0][row], view.places[image], view.size, weighted[row])
@@ -167,15 +170,17 @@ def _bell(length: int, spread: float) -> Tensor:
 # Dilated grids -------------------------------------------------------------------------------------------------------
 
 
-def split_grids(canvas: Tensor, dilation: int, published: bool = False) -> Tensor:
-    """(N, C, H, W) to (s*s, N, C, h, w): grid (p, r) holds every s-th latent from row p and column r on.
+def filled_up(canvas: Tensor, dilation: int, published: bool = False) -> Tensor:
+    """A canvas with sides that s divides: enlarged at the top and at the left, by its edge (published: by zeros)."""
+    down, across = (-length % dilation for length in canvas.shape[-2:])
+    if not (down or across):
+        return canvas
+    return F.pad(canvas, (across, 0, down, 0), mode="constant" if published else "replicate")
 
-    A canvas that s does not divide is enlarged at the top and at the left, by its edge (published: by zeros).
-    """
-    rest = [-length % dilation for length in canvas.shape[-2:]]
-    if any(rest):
-        pad = (rest[1], 0, rest[0], 0)
-        canvas = F.pad(canvas, pad) if published else F.pad(canvas, pad, mode="replicate")
+
+def split_grids(canvas: Tensor, dilation: int, published: bool = False) -> Tensor:
+    """(N, C, H, W) to (s*s, N, C, h, w): grid (p, r) of the canvas filled up has every s-th latent from (p, r) on."""
+    canvas = filled_up(canvas, dilation, published)
     return rearrange(canvas, "n c (h p) (w r) -> (p r) n c h w", p=dilation, r=dilation)
 
 

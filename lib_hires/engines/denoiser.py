@@ -38,7 +38,6 @@ class Denoiser:
         residuals: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """The UNet's prediction for rows that are told `told`; `residuals`: a ControlNet's, as keyword arguments."""
-        added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
         inputs = x.to(self.unet.dtype)
         if extra is not None:
             inputs = torch.cat([inputs, extra.to(inputs).expand(x.shape[0], -1, -1, -1)], dim=1)
@@ -46,7 +45,7 @@ class Denoiser:
             inputs,
             t,
             encoder_hidden_states=told.context,
-            added_cond_kwargs=added,
+            added_cond_kwargs=told.added,
             return_dict=False,
             **(residuals or {}),
         )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Records
+from ..stages.edge_hints import edge_hint
 from ..stages.progressive import Progressive, StageRun
 from ..unet.attention_maps import AttentionMaps
 from . import samplers
 from .components import Components
 from .denoiser import Denoiser, NoSession, count_calls, predict
 from .job import Job
-from .staged import CanvasDenoiser, edges_of, encode_windows
+from .staged import CanvasDenoiser, encode_windows
 
 NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
 
@@ -58,9 +60,9 @@ class Drawing:
                 self.engine.components, self.job.negative, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
-            stage_run.hint = edges_of(
-                self.engine.decode(self.latents, wrap_of(stage_run.stage)), stage_run, self.engine.components.device
-            )
+            pictures = self.engine.decode(self.latents, wrap_of(stage_run.stage))
+            hint = edge_hint([np.asarray(picture) for picture in pictures], stage_run)
+            stage_run.hint = hint.to(self.engine.components.device)
 
     def sample(self, stage_run: StageRun) -> torch.Tensor:
         """One stage: latents (B, 4, h, w) fp32 on the device."""
@@ -132,5 +134,5 @@ def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -
     run = samplers.make(job.sampler, components, job.steps)
     if not number:
         return run, 0, run.steps
-    steps = max(1, round(stage.strength * run.steps))
+    steps = stage.steps_of(run.steps)
     return run, run.begin(run.steps - steps), steps

@@ -31,12 +31,7 @@ def sizes_of(stages: Sequence[Stage], calls: Sequence[int]) -> dict[tuple[int, i
     """How often the network is called at each size (height, width in latents) in a run."""
     counts: dict[tuple[int, int], int] = {}
     for stage, count in zip(stages, calls):
-        plan, parts = stage.canvas, []
-        if plan is not None and plan.local is not None:
-            parts.append((plan.local.view_size(stage.size), len(plan.local.views(stage.size))))
-        if plan is not None and plan.dilated is not None:
-            parts.append((plan.dilated.grid_size(stage.size), plan.dilated.dilation**2))
-        for size, number in parts or [(stage.size, 1)]:
+        for size, number in stage.inputs():
             counts[size] = counts.get(size, 0) + number * count
     return counts
 

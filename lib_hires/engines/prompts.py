@@ -30,6 +30,11 @@ class Conditioning:
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
 
+    @property
+    def added(self) -> dict[str, torch.Tensor] | None:
+        """What diffusers' networks take beside the context (SDXL), or None."""
+        return None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
     def __len__(self) -> int:
         return self.context.shape[0]
 

@@ -39,11 +39,11 @@ class Runner:
     def plan(self, job: Mapping[str, Any]) -> list[str]:
         """What drawing a job would do, in words. Raises `HiresError` as drawing would."""
         components, request, engine_job, session = self._prepare(job)
-        Engine(components).check(engine_job)
+        engine = Engine(components, decode_bytes=decode_bytes_of(job))
+        engine.check(engine_job)
         stages = stages_of(components, request, engine_job, session)
         title = request.method.title if request.method else "Plain sampling"
         head = f"{title}, {components.path.name}, {engine_job.sampler}, {engine_job.steps} steps, batch of {engine_job.batch}:"
-        engine = Engine(components, decode_bytes=decode_bytes_of(job))
         return [head, *_plan_lines(engine, engine_job, session, stages), *engine.estimate(engine_job, session, stages)]
 
     def draw(self, job: Mapping[str, Any], on_step: Callable[[int, int], None] | None = None) -> dict[str, Any]:

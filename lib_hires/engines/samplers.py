@@ -16,6 +16,7 @@ import torch
 from diffusers.utils import is_scipy_available
 
 from ..config.errors import HiresError, SettingError
+from ..stages.progressive import losing_sampler
 from .components import Components
 
 FEW_STEPS = 10
@@ -136,13 +137,7 @@ def make(name: str, components: Components, steps: int) -> Run:
 def check_stages(name: str) -> None:
     """Raises `SettingError` for a sampler that would lose the skip residual of stages."""
     if not _named(name).keeps_state:
-        allowed = ", ".join(key for key, sampler in SAMPLERS.items() if sampler.keeps_state)
-        raise SettingError(
-            "sampler",
-            name,
-            f"one of {allowed} where stages have a skip residual",
-            "It corrects each step from its own memory of the one before. Use another, or switch 'skip_residual' off.",
-        )
+        raise losing_sampler(name, [key for key, sampler in SAMPLERS.items() if sampler.keeps_state])
 
 
 def name_of(title: str, schedule: str = "") -> str:

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..canvas.canvas import LOCAL, WHOLE, Tile, crop_hint, padded_crops
-from ..canvas.edges import edge_map, enlarged
+from ..canvas.canvas import LOCAL, WHOLE, Tile, crop_hint, crop_numbers
 from ..canvas.words import chunk_columns, words_of_tokens
-from ..plan.models import LATENT_FACTOR
 from ..schedule import Moment
 from ..stages.progressive import StageRun
 from ..stages.window_prompts import window_texts
@@ -80,10 +77,7 @@ class CanvasDenoiser:
             told = _replaced(told, self.run.prompts[tile.index], len(self.images) // len(self.run.canvas.seeds))
         if told.time_ids is None or tile.places is None:
             return told
-        more = padded_crops(self.run.stage.canvas)
-        crops = [[LATENT_FACTOR * (start + more) for start in tile.crop(image)] for image in self.images]
-        if more:
-            crops = [[LATENT_FACTOR * (start + more) for start in tile.places[image]] for image in self.images]
+        crops = crop_numbers(self.run.stage.canvas, tile, self.images)
         ids = told.time_ids.clone()
         ids[:, 2:4] = torch.tensor(crops, dtype=ids.dtype, device=ids.device)
         return replace(told, time_ids=ids)
@@ -94,11 +88,7 @@ def _replaced(told: Conditioning, positive: Conditioning, groups: int) -> Condit
     if groups == 1:
         return replace(positive, time_ids=told.time_ids)
     negative = told[: len(told) // 2]
-    return Conditioning(
-        torch.cat([negative.context, positive.context]),
-        None if told.pooled is None else torch.cat([negative.pooled, positive.pooled]),
-        told.time_ids,
-    )
+    return replace(_joined([replace(negative, time_ids=None), positive]), time_ids=told.time_ids)
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:
@@ -115,14 +105,13 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 def control_residuals(control, x: Tensor, t: Tensor, told: Conditioning, hint: Tensor, share: float) -> dict:
     """A diffusers ControlNet's residuals as keyword arguments of the UNet. hint: (rows, 3, 8 h, 8 w) in 0..1."""
-    added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
     down, middle = control(
         x.to(control.dtype),
         t,
         encoder_hidden_states=told.context.to(control.dtype),
         controlnet_cond=hint.to(control.dtype),
         conditioning_scale=share,
-        added_cond_kwargs=added,
+        added_cond_kwargs=told.added,
         return_dict=False,
     )
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
@@ -149,21 +138,3 @@ def encode_windows(
     encoded = prompts.encode(components, [negative, prompt, *unique])  # beside these two: as many chunks as they have
     row_of = {text: row for row, text in enumerate(unique, start=2)}
     return [encoded[[row_of[texts[image][view]] for image in everyone]] for view in range(len(texts[0]))]
-
-
-def edges_of(pictures: Sequence, run: StageRun, device: torch.device) -> Tensor:
-    """(B, 3, 8 H, 8 W) edges in 0..1 of the stage before, for ControlNet.
-
-    Found on the enlarged pictures; as published on the small ones, the map being enlarged.
-    """
-    plan = run.stage.canvas
-    height, width = (length * LATENT_FACTOR for length in run.size)
-    found = []
-    for picture in pictures:
-        pixels = np.asarray(picture)
-        if plan.published:
-            found.append(enlarged(edge_map(pixels, plan.edges.sigma, True), width, height))
-        else:
-            found.append(edge_map(enlarged(pixels, width, height), plan.edges.sigma))
-    edges = torch.from_numpy(np.stack(found)).float()[:, None].expand(-1, 3, -1, -1) / 255
-    return edges.to(device)

@@ -127,10 +127,18 @@ class CanvasPlan:
     edges: Edges | None = None
     published: bool = False
 
+    def inputs(self, size: Size) -> list[tuple[Size, int]]:
+        """What one denoiser call asks the network on a canvas of `size`: (size of the inputs, how many of them)."""
+        parts = []
+        if self.local is not None:
+            parts.append((self.local.view_size(size), len(self.local.views(size))))
+        if self.dilated is not None:
+            parts.append((self.dilated.grid_size(size), self.dilated.dilation**2))
+        return parts or [(size, 1)]
+
     def evaluations(self, size: Size) -> int:
         """UNet evaluations (of one view, for all rows) of one denoiser call on a canvas of `size`."""
-        local = len(self.local.views(size)) if self.local else 0
-        return (local + (self.dilated.dilation**2 if self.dilated else 0)) or 1
+        return sum(count for _, count in self.inputs(size))
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,17 @@ class Stage:
     strength: float = 1.0
     canvas: CanvasPlan | None = None
 
+    def inputs(self) -> list[tuple[Size, int]]:
+        """What one denoiser call asks the network: (size of the inputs, how many of them)."""
+        return self.canvas.inputs(self.size) if self.canvas else [(self.size, 1)]
+
     def evaluations(self) -> int:
         """UNet evaluations of one denoiser call."""
-        return self.canvas.evaluations(self.size) if self.canvas else 1
+        return sum(count for _, count in self.inputs())
+
+    def steps_of(self, steps: int) -> int:
+        """How many of a sampler's steps the stage's strength means."""
+        return max(1, round(self.strength * steps))
 
 
 def nearest_factor(ratio: float) -> int:

@@ -18,11 +18,22 @@ from ..canvas import draws
 from ..canvas.batches import Batches
 from ..canvas.canvas import Canvas
 from ..canvas.views import match, statistics
+from ..config.errors import SettingError
 from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Records, Stream
 from ..schedule import Moment
 from .handoff import enlarge
+
+
+def losing_sampler(name: str, allowed: Sequence[str]) -> SettingError:
+    """The error for a sampler that would lose the skip residual; `allowed`: the names of those that keep it."""
+    return SettingError(
+        "sampler",
+        name,
+        f"one of {', '.join(allowed)} where stages have a skip residual",
+        "It corrects each step from its own memory of the one before. Use another, or switch 'skip_residual' off.",
+    )
 
 
 @dataclass

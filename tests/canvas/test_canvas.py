@@ -242,16 +242,16 @@ class Small:
 def test_a_batch_that_does_not_fit_is_halved_and_repeated_and_the_number_is_kept(limit, most, tried):
     pieces = [(index, random(1, 4, 8, 8, seed=index)) for index in range(17)]
     network, batches = Small(most), Batches(limit)
-    found = list(batches.run(iter(pieces), 1, network))
+    found = list(batches.run(iter(pieces), network))
     assert network.tried == tried
     assert [index for index, _ in found] == list(range(17)) and batches.evaluations == 17
     for (_, output), (_, piece) in zip(found, pieces):
         assert torch.equal(output, pointwise(piece))
     network.tried.clear()
-    list(batches.run(iter(pieces), 1, network))
+    list(batches.run(iter(pieces), network))
     assert max(network.tried) <= most
 
 
 def test_a_single_view_that_does_not_fit_says_so():
     with pytest.raises(torch.OutOfMemoryError):
-        list(Batches(4).run([(0, random(2, 4, 8, 8))], 2, Small(1)))
+        list(Batches(4).run([(0, random(2, 4, 8, 8))], Small(1)))

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...canvas.canvas import LOCAL, Tile, crop_hint
-from ...canvas.edges import edge_map, enlarged
 from ...plan.models import LATENT_FACTOR
+from ...stages.edge_hints import edge_hint
 from ...stages.progressive import StageRun
 from .decoding import Decoding
 
@@ -236,17 +236,9 @@ def _forget(param: Any) -> None:
 def edges_of(latents: Tensor, run: StageRun) -> Tensor:
     """(B, 3, 8 H, 8 W) edges in 0..1 for a stage. latents: (B, C, h, w) of the stage before, or of the picture given.
 
-    Found on the enlarged pictures; as published on the small ones, the map being enlarged.
+    See `edge_hint`.
     """
-    plan = run.stage.canvas
-    height, width = (length * LATENT_FACTOR for length in run.size)
-    found = []
-    for pixels in _decoded(latents):
-        if plan.published:
-            found.append(enlarged(edge_map(pixels, plan.edges.sigma, True), width, height))
-        else:
-            found.append(edge_map(enlarged(pixels, width, height), plan.edges.sigma))
-    return torch.from_numpy(np.stack(found)).float()[:, None].expand(-1, 3, -1, -1) / 255
+    return edge_hint(_decoded(latents), run)
 
 
 def _decoded(latents: Tensor) -> list[np.ndarray]:

@@ -159,7 +159,7 @@ class Pass:
         p.rng = self._rng(run.size)
         sampler = p.sampler = sd_samplers.create_sampler(self.sampler.config.name, shared.sd_model)
         scaled = samplers.is_scaled(sampler)
-        p.denoising_strength = samplers.denoising_strength(run.stage.strength, p.steps, scaled)
+        p.denoising_strength = samplers.denoising_strength(run.stage, p.steps, scaled)
 
         def call() -> Tensor:
             return sampler.sample_img2img(
@@ -210,7 +210,7 @@ class Pass:
         if getattr(p, "iteration", 0) != 0:
             return
         shared.state.job_count += p.n_iter * (len(self.stages) - 1)
-        steps = p.steps + sum(samplers.steps_of(stage.strength, p.steps) for stage in self.stages[1:])
+        steps = p.steps + sum(stage.steps_of(p.steps) for stage in self.stages[1:])
         if getattr(p, "enable_hr", False):
             steps += p.hr_second_pass_steps or p.steps
         shared.total_tqdm.updateTotal(steps * p.n_iter)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config.errors import SettingError
+from ...plan.tiling import Stage
+from ...stages.progressive import losing_sampler
 
 LOSING = ("UniPC", "DPM adaptive")
 """UniPC corrects each step from its own memory of the one before; DPM adaptive chooses its steps by errors that the change
@@ -19,13 +20,8 @@ def check(sampler: Any) -> None:
     from modules import sd_samplers
 
     if sampler.config.name in LOSING:
-        allowed = ", ".join(each.name for each in sd_samplers.all_samplers if each.name not in LOSING)
-        raise SettingError(
-            "sampler",
-            sampler.config.name,
-            f"one of {allowed} where stages have a skip residual",
-            "It corrects each step from its own memory of the one before. Use another, or switch 'skip_residual' off.",
-        )
+        allowed = [each.name for each in sd_samplers.all_samplers if each.name not in LOSING]
+        raise losing_sampler(sampler.config.name, allowed)
 
 
 def is_scaled(sampler: Any) -> bool:
@@ -33,17 +29,12 @@ def is_scaled(sampler: Any) -> bool:
     return not hasattr(sampler.model_wrap_cfg.inner_model, "sigmas")
 
 
-def steps_of(strength: float, steps: int) -> int:
-    """How many of a run's steps a strength means."""
-    return max(1, round(strength * steps))
-
-
-def denoising_strength(strength: float, steps: int, scaled: bool) -> float:
-    """The host's `denoising_strength` that runs exactly `steps_of` steps: it runs int(d steps) + 1, timestep samplers two less."""
+def denoising_strength(stage: Stage, steps: int, scaled: bool) -> float:
+    """The host's `denoising_strength` that runs exactly the stage's steps: it runs int(d steps) + 1, timestep samplers two less."""
     from modules import shared
 
     if getattr(shared.opts, "img2img_fix_steps", False):
-        return strength
-    wanted = steps_of(strength, steps)
+        return stage.strength
+    wanted = stage.steps_of(steps)
     encoded = min(wanted + 1, steps - 1) if scaled else wanted - 1
     return (encoded + 0.5) / steps

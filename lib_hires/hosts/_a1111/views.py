@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...canvas.canvas import LOCAL, Tile, crop_hint, padded_crops
-from ...plan.models import LATENT_FACTOR
+from ...canvas.canvas import LOCAL, Tile, crop_hint, crop_numbers
 from ...schedule import Moment
 from ...stages.progressive import StageRun
 from .control import Hints, is_marked
@@ -149,9 +148,7 @@ class Views:
         """SDXL is told where the view lies, as if it were a crop of a larger picture."""
         if vector.shape[-1] != XL_VECTOR or tile.places is None:
             return vector
-        more = padded_crops(self.run.stage.canvas)
-        place = (lambda image: tile.places[image]) if more else tile.crop
-        crops = torch.tensor([[LATENT_FACTOR * (start + more) for start in place(image)] for image, _ in rows])
+        crops = torch.tensor(crop_numbers(self.run.stage.canvas, tile, [image for image, _ in rows]))
         vector = vector.clone()
         columns = slice(XL_CROPS, XL_CROPS + 2 * XL_WIDTH)
         vector[:, columns] = sinusoids(crops, XL_WIDTH).flatten(1).to(vector)
