@@ -20,9 +20,9 @@ import torch
 
 from lib_hires import Request
 from lib_hires.engines.drawing import Drawing
-from lib_hires.engines.memory import peak_memory
 from lib_hires.engines.runner import Runner, engine_job_of, session_for, stages_of
 from lib_hires.engines.standalone import Engine
+from lib_hires.memory import peak_memory
 
 from .demo import JOB_DEFAULTS
 from .speed import _commit, _device_name

@@ -26,7 +26,7 @@ import torch
 
 import lib_hires
 from lib_hires import DeepShrink, HiDiffusion
-from lib_hires.engines.memory import peak_memory
+from lib_hires.memory import peak_memory
 from lib_hires.plan.method import Method
 
 from .networks import FULL, REDUCED, Network

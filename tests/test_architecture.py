@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("lib_hires/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 STOREYS = (
     {"config"},
-    {"schedule", "randomness", "patches"},
+    {"schedule", "randomness", "patches", "memory"},
     {"plan"},
     {"unet", "canvas", "guidance", "vae", "upscalers"},
     {"stages"},

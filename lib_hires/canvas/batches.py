@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import OUT_OF_MEMORY, free_bytes
+
 ON_CPU, MOST = 1, 16
 """Automatic tiles a call: a CPU gains nothing from more; the published codes use 16."""
 _SHARE = 0.7
-_OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 class Batches:
@@ -49,7 +50,7 @@ class Batches:
             batch, waiting = waiting[:size], waiting[size:]
             try:
                 outputs = self._call(batch, evaluate, key)
-            except _OUT_OF_MEMORY:
+            except OUT_OF_MEMORY:
                 if len(batch) == 1:
                     raise
                 self._found[key] = max(1, len(batch) // 2)
@@ -76,13 +77,7 @@ class Batches:
         self.evaluations += len(batch)
         if measured:
             taken = max(1, torch.cuda.max_memory_allocated(joined.device) - before)
-            free = torch.cuda.mem_get_info(joined.device)[0] + _cached(joined.device)
-            self._found[key] = int(min(MOST, max(1, _SHARE * free // taken)))
+            self._found[key] = int(min(MOST, max(1, _SHARE * free_bytes(joined.device) // taken)))
         elif not self.limit and key not in self._found:
             self._found[key] = ON_CPU
         return outputs.chunk(len(batch))
-
-
-def _cached(device: torch.device) -> int:
-    """Bytes that torch holds and does not use."""
-    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

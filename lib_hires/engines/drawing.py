@@ -60,7 +60,7 @@ class Drawing:
                 self.engine.components, self.job.negative, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
-            pictures = self.engine.decode(self.latents, wrap_of(stage_run.stage))
+            pictures = self.engine.decode(self.latents, stage_run.stage.wrap)
             hint = edge_hint([np.asarray(picture) for picture in pictures], stage_run)
             stage_run.hint = hint.to(self.engine.components.device)
 
@@ -114,11 +114,6 @@ class Drawing:
                 if self.on_step:
                     self.on_step(self.done, self.total)
         return latents
-
-
-def wrap_of(stage: Stage) -> tuple[bool, bool]:
-    """(top to bottom, left to right): the edges of a stage's canvas that meet."""
-    return stage.canvas.local.wrap if stage.canvas and stage.canvas.local else (False, False)
 
 
 def _fitted(denoiser, size: Size):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..memory import peak_memory
 from ..plan.tiling import Stage
-from .memory import peak_memory
 
 _MIB = 2**20
 

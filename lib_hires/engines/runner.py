@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config.errors import HiresError, SettingError
+from ..memory import OUT_OF_MEMORY
 from ..plan.describe import describe_plan, describe_stages
 from ..plan.tiling import Stage
 from ..request import Request
@@ -126,7 +127,7 @@ def _generate(
     try:
         return engine.generate(job, session, on_step, stages)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, OUT_OF_MEMORY)) and "allocate memory" not in str(error):
             raise
         raise HiresError(
             f"out of memory at {job.width}x{job.height}, batch of {job.batch}. Lower 'batch', 'width' or 'height'."

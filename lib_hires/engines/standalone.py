@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ..config.errors import HiresError, SettingError
+from ..memory import free_bytes, peak_memory
 from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
@@ -26,9 +27,8 @@ from ..vae import MIN_TILE, needs_tiles, plain_bytes, tile_for, tiled, tiled_byt
 from . import estimate, prompts
 from .components import Components
 from .denoiser import Denoiser, NoSession, on_noise
-from .drawing import Drawing, stage_sampler, wrap_of
+from .drawing import Drawing, stage_sampler
 from .job import Job, Result
-from .memory import peak_memory
 
 __all__ = ["Engine", "Job", "Result", "to_image"]
 
@@ -72,7 +72,7 @@ class Engine:
             self.check(job)
             run = Drawing(self, job, session, on_step, stages, records or {}, on_latents)
             latents = run.draw()
-            images = self.decode(latents, wrap_of(stages[-1]))
+            images = self.decode(latents, stages[-1].wrap)
         return Result(
             images=images,
             latents=latents.float().cpu(),
@@ -178,8 +178,7 @@ class Engine:
         """
         vae, limit = self.components.vae, self.decode_bytes
         number = torch.finfo(vae.dtype).bits // 8
-        if limit is None and vae.device.type == "cuda":
-            limit = torch.cuda.mem_get_info(vae.device)[0]
+        limit = free_bytes(vae.device) if limit is None else limit
         if limit is None:
             return {"above": CPU_WHOLE, "tile": CPU_TILE}
         one = (1, *shape[1:])

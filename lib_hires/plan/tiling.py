@@ -154,6 +154,11 @@ class Stage:
     strength: float = 1.0
     canvas: CanvasPlan | None = None
 
+    @property
+    def wrap(self) -> tuple[bool, bool]:
+        """(top to bottom, left to right): the edges that meet."""
+        return self.canvas.local.wrap if self.canvas and self.canvas.local else (False, False)
+
     def inputs(self) -> list[tuple[Size, int]]:
         """What one denoiser call asks the network: (size of the inputs, how many of them)."""
         return self.canvas.inputs(self.size) if self.canvas else [(self.size, 1)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .nodes import Affine, Canvas, Convolution, Local, Nearest, Node, Padded
+from .nodes import Affine, Convolution, Decode, Local, Nearest, Node, Padded
 
 aten = torch.ops.aten
 RULES: dict[Any, Callable] = {}
@@ -40,7 +40,7 @@ class LazyMap(Tensor):
     def __new__(cls, node: Node):
         """A tensor that stands for `node`."""
         self = torch.Tensor._make_wrapper_subclass(
-            cls, node.shape, dtype=node.dtype, device=node.canvas.device, requires_grad=False
+            cls, node.shape, dtype=node.dtype, device=node.decode.device, requires_grad=False
         )
         self.handle = _Handle(node)
         return self
@@ -69,7 +69,7 @@ class LazyMap(Tensor):
 
 def lazy(whole: Tensor, tile: int, storage: torch.device) -> LazyMap:
     """z (B, C, h, w) as a LazyMap; results are worked out in tiles of `tile` pixels of z, maps kept on `storage`."""
-    return LazyMap(Node.given(Canvas(tuple(whole.shape[-2:]), whole.device, tile, storage), whole))
+    return LazyMap(Node.given(Decode(tuple(whole.shape[-2:]), whole.device, tile, storage), whole))
 
 
 def assembled(value: Any) -> Any:
@@ -168,7 +168,7 @@ def _pointwise(func, *args, **kwargs):
     """An operation that looks at one pixel at a time (over all channels), with maps of one size and constants."""
     leaves, form = tree_flatten((args, kwargs))
     maps = [leaf for leaf in leaves if isinstance(leaf, LazyMap)]
-    size, canvas = maps[0].node.size, maps[0].node.canvas
+    size, decode = maps[0].node.size, maps[0].node.decode
     inputs, places, shadows = [], [], []
     for leaf in leaves:
         place = shadow = leaf
@@ -176,7 +176,7 @@ def _pointwise(func, *args, **kwargs):
             alike = leaf.dim() == 4 and tuple(leaf.shape[2:]) == size
             if alike:
                 place = _Operand(len(inputs))
-                inputs.append(leaf.node if isinstance(leaf, LazyMap) else Node.given(canvas, leaf))
+                inputs.append(leaf.node if isinstance(leaf, LazyMap) else Node.given(decode, leaf))
             elif isinstance(leaf, LazyMap) or not _is_constant(leaf):
                 return NotImplemented
             if alike or leaf.dim():
@@ -198,7 +198,7 @@ def _pointwise(func, *args, **kwargs):
         real_args, real_kwargs = tree_unflatten(filled, form)
         return func(*real_args, **real_kwargs)
 
-    node = Local(canvas, outline.shape, outline.dtype, tuple(inputs), call)
+    node = Local(decode, outline.shape, outline.dtype, tuple(inputs), call)
     node.watch(*(place for place in places if isinstance(place, Tensor)))
     if not written:
         return LazyMap(node)
@@ -224,7 +224,7 @@ def _written(func, args: tuple, kwargs: dict) -> list:
 
 def _assembled(func, args: tuple, kwargs: dict):
     """Do it on whole maps. A map that comes of it at a multiple of z's size is taken up again."""
-    canvas = next(leaf.node.canvas for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, LazyMap))
+    decode = next(leaf.node.decode for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, LazyMap))
     written = [leaf for leaf in tree_flatten(_written(func, args, kwargs))[0] if isinstance(leaf, LazyMap)]
     real: dict[int, Tensor] = {}
 
@@ -239,18 +239,18 @@ def _assembled(func, args: tuple, kwargs: dict):
 
     result = func(*tree_map(whole, args), **tree_map(whole, kwargs))
     for leaf in written:
-        leaf.handle = _Handle(Node.given(canvas, real[id(leaf)]))
+        leaf.handle = _Handle(Node.given(decode, real[id(leaf)]))
     back = {id(real[id(leaf)]): leaf for leaf in written}
-    return tree_map(lambda value: back.get(id(value), _taken_up(canvas, value)), result)
+    return tree_map(lambda value: back.get(id(value), _taken_up(decode, value)), result)
 
 
-def _taken_up(canvas: Canvas, value):
+def _taken_up(decode: Decode, value):
     """A map again, where its sides are the same multiple of z's; anything else as it is."""
     if not isinstance(value, Tensor) or isinstance(value, LazyMap) or value.dim() != 4:
         return value
-    times = value.shape[2] // canvas.size[0]
-    alike = times and tuple(value.shape[2:]) == tuple(length * times for length in canvas.size)
-    return LazyMap(Node.given(canvas, value)) if alike and value.is_floating_point() else value
+    times = value.shape[2] // decode.size[0]
+    alike = times and tuple(value.shape[2:]) == tuple(length * times for length in decode.size)
+    return LazyMap(Node.given(decode, value)) if alike and value.is_floating_point() else value
 
 
 def _no_autocast():

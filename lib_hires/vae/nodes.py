@@ -20,7 +20,7 @@ from ..config.errors import UnsupportedModel
 from .boxes import Box, Grid, Key, Pieces, cuts
 
 
-class Canvas:
+class Decode:
     """What the nodes of one decode share: z's size and device, the tile in z's pixels, where maps are kept."""
 
     def __init__(self, size: tuple[int, int], device: torch.device, tile: int, storage: torch.device):
@@ -34,8 +34,8 @@ class Canvas:
 class Node:
     """A map (B, C, H, W), not yet worked out, or there in `pieces`. This class itself: a map that is there."""
 
-    def __init__(self, canvas: Canvas, shape: Iterable[int], dtype: torch.dtype, inputs: tuple[Node, ...] = ()):
-        self.canvas, self.shape, self.dtype, self.inputs = canvas, torch.Size(shape), dtype, inputs
+    def __init__(self, decode: Decode, shape: Iterable[int], dtype: torch.dtype, inputs: tuple[Node, ...] = ()):
+        self.decode, self.shape, self.dtype, self.inputs = decode, torch.Size(shape), dtype, inputs
         self.pieces: Pieces | None = None
         self.depth = 1 + max((node.depth for node in inputs), default=-1)
         self.handle: Callable[[], object] = lambda: None  # a weak reference to what the host's code holds of this map
@@ -46,9 +46,9 @@ class Node:
             node._consumers.append(weakref.ref(self))
 
     @classmethod
-    def given(cls, canvas: Canvas, whole: Tensor) -> Node:
+    def given(cls, decode: Decode, whole: Tensor) -> Node:
         """A map that is there as a tensor."""
-        node = cls(canvas, whole.shape, whole.dtype)
+        node = cls(decode, whole.shape, whole.dtype)
         node.pieces = Pieces.of(whole)
         node.watch(whole)
         return node
@@ -72,10 +72,10 @@ class Node:
         raise NotImplementedError
 
     def whole(self) -> Tensor:
-        """The map as one tensor on the canvas's device; not to be written to."""
+        """The map as one tensor on the decode's device; not to be written to."""
         if self.pieces is not None and len(self.pieces) == 1:
-            return next(iter(self.pieces.values())).to(self.canvas.device)
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.canvas.device)
+            return next(iter(self.pieces.values())).to(self.decode.device)
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.decode.device)
 
         def put(_key: Key, box: Box, value: Tensor) -> None:
             out[:, :, box.top : box.bottom, box.left : box.right] = value
@@ -91,13 +91,13 @@ class Node:
         """
         if groups not in self._statistics:
             parts: list[tuple[int, Tensor]] = []
-            kept = Pieces(self.canvas.grid(self.size)) if self.pieces is None else None
+            kept = Pieces(self.decode.grid(self.size)) if self.pieces is None else None
 
             def put(key: Key, box: Box, value: Tensor) -> None:
                 value = value.contiguous()
                 parts.append((box.rows * box.columns, _moments(value, groups)))
                 if kept is not None:
-                    kept[key] = value.to(self.canvas.storage)
+                    kept[key] = value.to(self.decode.storage)
 
             _sweep(self, put, kept=True)
             if kept is not None:
@@ -113,8 +113,8 @@ class Node:
 class Local(Node):
     """A pixel of the result needs that pixel of the inputs only: `call(values)`."""
 
-    def __init__(self, canvas, shape, dtype, inputs, call: Callable[[list[Tensor]], Tensor]):
-        super().__init__(canvas, shape, dtype, inputs)
+    def __init__(self, decode, shape, dtype, inputs, call: Callable[[list[Tensor]], Tensor]):
+        super().__init__(decode, shape, dtype, inputs)
         self.call = call
 
     def compute(self, box: Box, values: list[Tensor]) -> Tensor:
@@ -126,7 +126,7 @@ class Affine(Node):
     """x * scale + shift, both (B, C, 1, 1) and more precise than x: what a normalisation is once its statistics are known."""
 
     def __init__(self, node: Node, scale: Tensor, shift: Tensor):
-        super().__init__(node.canvas, node.shape, node.dtype, (node,))
+        super().__init__(node.decode, node.shape, node.dtype, (node,))
         self.scale, self.shift = scale, shift
 
     def compute(self, box: Box, values: list[Tensor]) -> Tensor:
@@ -148,7 +148,7 @@ class Convolution(Node):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
         size = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(node.size, padding, self.reach, stride)]
-        super().__init__(node.canvas, (node.shape[0], weight.shape[0], *size), node.dtype, (node,))
+        super().__init__(node.decode, (node.shape[0], weight.shape[0], *size), node.dtype, (node,))
         self.watch(weight, bias)
 
     def _wanted(self, box: Box) -> list[tuple[int, int]]:
@@ -182,7 +182,7 @@ class Nearest(Node):
 
     def __init__(self, node: Node, factors: tuple[int, int]):
         size = [length * factor for length, factor in zip(node.size, factors)]
-        super().__init__(node.canvas, (*node.shape[:2], *size), node.dtype, (node,))
+        super().__init__(node.decode, (*node.shape[:2], *size), node.dtype, (node,))
         self.factors = factors
 
     def reads(self, box: Box) -> list[Box]:
@@ -207,7 +207,7 @@ class Padded(Node):
         self.value = value
         height, width = node.size
         size = height + self.top + self.bottom, width + self.left + self.right
-        super().__init__(node.canvas, (*node.shape[:2], *size), node.dtype, (node,))
+        super().__init__(node.decode, (*node.shape[:2], *size), node.dtype, (node,))
 
     def reads(self, box: Box) -> list[Box]:
         """What lies in the map; at least one pixel, so that there is something to pad."""
@@ -261,7 +261,7 @@ class Segment:
         for node in self.order:
             box = needed[node]
             if node.pieces is not None:
-                values[node] = node.pieces.read(box, node.canvas.device)
+                values[node] = node.pieces.read(box, node.decode.device)
                 continue
             operands = []
             for source, part in zip(node.inputs, node.reads(box)):
@@ -300,7 +300,7 @@ def _inputs_first(target: Node) -> list[Node]:
 def _sweep(target: Node, use: Callable[[Key, Box, Tensor], None], kept: bool) -> None:
     """Work out the node box by box. What only it still needs of other maps is let go as the sweep passes."""
     segment = Segment(target)
-    boxes = list(target.canvas.grid(target.size).boxes())
+    boxes = list(target.decode.grid(target.size).boxes())
     plans = [segment.needs(box) for _key, box in boxes]
     last: dict[tuple[Node, Key], int] = {}
     for source in segment.private(kept):

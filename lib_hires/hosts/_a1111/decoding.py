@@ -7,6 +7,7 @@ import math
 import torch
 
 from ...config.errors import HiresError
+from ...memory import free_bytes
 from ...vae import needs_tiles, tile_for, tiled, wrapped
 
 NOTE = (
@@ -40,7 +41,7 @@ class Decoding:
         from modules import devices
 
         shape, bytes_each = (1, *latents.shape[1:]), torch.finfo(devices.dtype_vae).bits // 8
-        free = free_bytes(latents.device)
+        free = _free_bytes(latents.device)
         if not needs_tiles(shape, free, bytes_each):
             return None
         try:
@@ -60,11 +61,9 @@ class Decoding:
             self._open.pop().__exit__()
 
 
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device that decodes, torch's own cache counted as free."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of the device that decodes; the machine's where that is its CPU."""
     import psutil
 
-    return psutil.virtual_memory().available
+    free = free_bytes(device)
+    return psutil.virtual_memory().available if free is None else free

@@ -1,4 +1,4 @@
-"""The peak memory of a piece of work.
+"""Memory: what is free on a device, what running out of it raises, and the peak of a piece of work.
 
     with peak_memory(device) as peak: ...
     peak.bytes
@@ -21,7 +21,17 @@ from pathlib import Path
 import torch
 
 SAMPLING_SECONDS = 0.005
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+"""What torch raises where a device's memory is spent (torch before 2.5 knows CUDA's only)."""
 _open: list[Peak] = []
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a CUDA device has left, torch's own cache counted as free; None for another device."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 class Peak:

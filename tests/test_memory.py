@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from lib_hires.engines import memory
+from lib_hires import memory
 
 SIZE = 120 * 2**20
 
