@@ -3,7 +3,8 @@
     (started by a WebUI)         makes sure that einops, numpy and OpenCV are there; touches nothing that is, never torch
     python install.py --demo     makes .venv, fills it, draws the demo
     python install.py --test     makes .venv, fills it, runs the tests (further arguments go to pytest)
-    python install.py --bench    the same for the benchmarks (--bench-canvas: of canvas methods), --lint for ruff, --only-install for nothing more
+    python install.py --bench    the same for the benchmarks (--bench-canvas: of canvas methods; --bench-quality: of pictures),
+                                 --train for the bundled model's training, --lint for ruff, --only-install for nothing more
 
 Python's own library only: this runs before anything is installed.
 """
@@ -27,6 +28,8 @@ COMMANDS = {
     "--test": ("standalone,test", ["-m", "pytest"]),
     "--bench": ("standalone,test", ["-m", "benchmarks.speed"]),
     "--bench-canvas": ("standalone,test", ["-m", "benchmarks.canvas"]),
+    "--bench-quality": ("standalone,test", ["-m", "benchmarks.quality"]),
+    "--train": ("standalone,test", ["-m", "benchmarks.train_mini"]),
     "--lint": ("standalone,test", ["-m", "ruff", "check"]),
     "--only-install": ("standalone,test", ["-c", "print('Installed.')"]),
 }

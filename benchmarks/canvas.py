@@ -13,19 +13,18 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 import torch
 
-from lib_hires import Request
-from lib_hires.engines.drawing import Drawing
-from lib_hires.engines.runner import Runner, engine_job_of, session_for, stages_of
-from lib_hires.engines.standalone import Engine
+from lib_hires.canvas.method import CanvasMethod, StagedMethod
+from lib_hires.engines.runner import Runner
 from lib_hires.memory import peak_memory
+from lib_hires.methods import methods
 
 from .demo import JOB_DEFAULTS
-from .speed import _commit, _device_name
+from .prepared import Prepared
+from .speed import about
 
 VARIANTS = {
     "plain": {"method": "none"},
@@ -52,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = {**JOB_DEFAULTS, "prompt": "a striped red star on a blue background", "checkpoint": options.checkpoint}
     job |= {"device": options.device, "steps": options.steps, "seed": 11, "cfg": 4.0}
     rows = [row for scale in options.scales for row in measure(job, scale, options.rounds)]
-    device = _device_name(Runner(quiet=True).load(job).device)
-    head = {"date": str(date.today()), "device": device, "commit": _commit(), "torch": torch.__version__}
+    components = Runner(quiet=True).load(job)
+    head = about(components.device, components.dtype)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**head, "rows": rows}, indent=2), encoding="utf-8")
     print(f"{head['device']}, torch {head['torch']}, {head['date']}, commit {head['commit']}, {options.steps} steps\n")
@@ -66,23 +65,20 @@ def measure(job: dict, scale: float, rounds: int) -> list[dict]:
     runner = Runner(quiet=True)
     components = runner.load(job)
     side = round((components.native_resolution or 512) * scale / 8) * 8
-    engine_job = engine_job_of({**job, "width": side, "height": side})
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     found: dict[str, dict] = {}
     names = list(VARIANTS)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            request = Request.from_dict(VARIANTS[name])
-            session = session_for(components, request, engine_job)
-            stages = stages_of(components, request, engine_job, session)
-            drawing = Drawing(Engine(components), engine_job, session, None, stages, {})
+            prepared = Prepared.of(components, job, VARIANTS[name], side, side)
             started = time.perf_counter()
             with torch.no_grad(), peak_memory(components.device) as peak:
-                drawing.draw()
+                reports = prepared.latents()
             seconds[name].append(time.perf_counter() - started)
             found[name] = {
-                "unet_evaluations": sum(report["unet_evaluations"] for report in drawing.reports),
-                "stages": len(stages),
+                "unet_evaluations": sum(report["unet_evaluations"] for report in reports),
+                "published": published_evaluations(components, job, VARIANTS[name], side),
+                "stages": len(prepared.stages),
                 "peak_growth": max(peak.growth, found.get(name, {}).get("peak_growth", 0)),
             }
     return [
@@ -98,15 +94,26 @@ def measure(job: dict, scale: float, rounds: int) -> list[dict]:
     ]
 
 
+def published_evaluations(components, job: dict, settings: dict, side: int) -> int | None:
+    """What the published code takes at its own settings; None for methods that do not change the number."""
+    cls = methods().get(settings["method"])
+    if cls is None or not issubclass(cls, CanvasMethod):
+        return None
+    own = {"method": settings["method"]}
+    own |= {"published": True, "stage_strength": 1.0} if issubclass(cls, StagedMethod) else {}
+    return Prepared.of(components, job, own, side, side).evaluations()
+
+
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table."""
     lines = [
-        "| size | method | stages | UNet evaluations | seconds | / plain | peak growth, MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| size | method | stages | UNet evaluations | as published | seconds | / plain | peak growth, MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['width']}x{row['height']} | {row['variant']} | {row['stages']} | {row['unet_evaluations']} | "
+            f"| {row['width']}x{row['height']} | {row['variant']} | {row['stages']} | {row['unet_evaluations']} "
+            f"| {row['published'] or ''} | "
             f"{row['seconds']:.1f} | {row['ratio']:.2f} | {row['peak_growth'] / 2**20:.0f} |"
         )
     return "\n".join(lines)

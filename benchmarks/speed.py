@@ -6,6 +6,9 @@ round, and compares within the round; the table gives the median ratio to plain 
 
     python -m benchmarks.speed                     reduced widths on the CPU
     python -m benchmarks.speed --device cuda       full SD1.5 and SDXL in fp16
+    python -m benchmarks.speed --device cuda --dtype bf16 --batches 2 8 --scales 2 4 --compiled
+
+"hypertile-like" are fixed tiles around the top level's self-attention, as Hypertile cuts them: the cost of tiling alone.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 import lib_hires
 from lib_hires import DeepShrink, HiDiffusion
@@ -61,19 +65,39 @@ class Setup:
         for name, method in ours.items():
             result[name] = lambda method=method: self.with_ours(method)
         result["tomesd, ratio 0.5"] = self.with_tome
+        result["hypertile-like, 2x2 tiles"] = self.with_tiles
         return result | self.published()
+
+    def compiled(self) -> dict[str, Run]:
+        """Plain and ours through torch.compile (which ours steps aside from while the network is patched)."""
+        unet = torch.compile(self.unet)
+        return {
+            "plain, compiled": lambda: self.clock(unet),
+            "ours: HiDiffusion, compiled": lambda: self.with_ours(HiDiffusion(), unet),
+        }
+
+    def install_and_restore(self, method: Method) -> float:
+        """Seconds of a session that makes no call: the median of ten."""
+        taken = []
+        for _ in range(10):
+            started = time.perf_counter()
+            with lib_hires.patched(self.unet, method, native_size=self.network.native * 8) as session:
+                session.at(timestep=999, step=0, steps=CALLS)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
 
     def clock(self, unet: torch.nn.Module) -> None:
         """One clock of calls."""
         for timestep in self.timesteps:
             unet(self.x, timestep, **self.kwargs)
 
-    def with_ours(self, method: Method) -> None:
+    def with_ours(self, method: Method, unet: torch.nn.Module | None = None) -> None:
         """Ours, installing and restoring included; told where the run is, as hosts do."""
-        with lib_hires.patched(self.unet, method, native_size=self.network.native * 8) as session:
+        unet = self.unet if unet is None else unet
+        with lib_hires.patched(unet, method, native_size=self.network.native * 8) as session:
             for step, timestep in enumerate(self.timesteps):
                 session.at(timestep=999 - step * 1000 // CALLS, step=step, steps=CALLS)
-                self.unet(self.x, timestep, **self.kwargs)
+                unet(self.x, timestep, **self.kwargs)
 
     def with_tome(self) -> None:
         """Token merging at its usual ratio, on the top level."""
@@ -84,6 +108,24 @@ class Setup:
             self.clock(self.unet)
         finally:
             tomesd.remove_patch(self.unet)
+
+    def with_tiles(self) -> None:
+        """Self-attention of the top attended level in four fixed tiles."""
+        blocks = [block for block in (*self.unet.down_blocks, *self.unet.up_blocks) if hasattr(block, "attentions")]
+        widest = min(block.attentions[0].norm.num_channels for block in blocks)
+        height, width = self.size if self.network.layout == "sd15" else (side // 2 for side in self.size)
+        hooks = [
+            layer
+            for block in blocks
+            if block.attentions[0].norm.num_channels == widest
+            for attention in block.attentions
+            for layer in _tiled(attention.transformer_blocks, height, width)
+        ]
+        try:
+            self.clock(self.unet)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def published(self) -> dict[str, Run]:
         """The published HiDiffusion on a copy of the UNet with the same weights (it changes classes and does not undo all)."""
@@ -108,6 +150,26 @@ class Setup:
         return runs
 
 
+def _tiled(blocks, height: int, width: int) -> list:
+    """Hooks that give each block's self-attention 2x2 tiles as rows of its batch, and put them together again."""
+
+    def cut(_module, inputs):
+        tokens = inputs[0]
+        return (
+            rearrange(tokens, "b (i h j w) c -> (b i j) (h w) c", i=2, j=2, h=height // 2, w=width // 2),
+            *inputs[1:],
+        )
+
+    def join(_module, _inputs, output):
+        return rearrange(output, "(b i j) (h w) c -> b (i h j w) c", i=2, j=2, h=height // 2, w=width // 2)
+
+    return [
+        hook
+        for block in blocks
+        for hook in (block.attn1.register_forward_pre_hook(cut), block.attn1.register_forward_hook(join))
+    ]
+
+
 class DiffusionPipeline:
     """What the published code asks of a pipeline."""
 
@@ -116,9 +178,9 @@ class DiffusionPipeline:
 
 
 @torch.no_grad()
-def measure(setup: Setup, rounds: int) -> list[dict]:
+def measure(setup: Setup, rounds: int, compiled: bool = False) -> list[dict]:
     """Median seconds a call, ratio to plain (median, least, greatest) and peak memory of each variant."""
-    variants = setup.variants()
+    variants = setup.variants() | (setup.compiled() if compiled else {})
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
     for number in range(rounds + 1):  # round 0 warms up and measures memory
@@ -134,14 +196,15 @@ def measure(setup: Setup, rounds: int) -> list[dict]:
 
 
 def _timed(run: Run, device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     run()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -185,29 +248,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0], help="sizes over the native size")
     parser.add_argument("--layouts", nargs="+", default=["sd15", "sdxl"], choices=("sd15", "sdxl"))
-    parser.add_argument("--batch", type=int, default=2, help="rows of a call (2: one picture with guidance)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[2], help="rows of a call (2: a picture with guidance)"
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: fp16 on cuda, fp32 on a CPU")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes a size)")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    networks, dtype = (FULL, torch.float16) if device.type == "cuda" else (REDUCED, torch.float32)
-    rows = []
+    dtype = dtype_of(options.dtype, device)
+    rows, changes = [], {}
     for layout in options.layouts:
-        for scale in options.scales:
-            rows += measure(Setup(networks[layout], scale, options.batch, device, dtype), options.rounds)
-            print(f"{layout} at {scale:g} times its native size: done", flush=True)
-    about = {
+        for scale, batch in ((scale, batch) for scale in options.scales for batch in options.batches):
+            setup = Setup(networks_for(device)[layout], scale, batch, device, dtype)
+            rows += measure(setup, options.rounds, options.compiled)
+            changes[layout] = setup.install_and_restore(HiDiffusion())
+            print(f"{layout} at {scale:g} times its native size, batch {batch}: done", flush=True)
+    head = {**about(device, dtype), "rounds": options.rounds, "calls_a_round": CALLS}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"about": head, "install_and_restore_seconds": changes, "rows": rows}
+    options.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(", ".join(f"{name} {value}" for name, value in head.items()) + "\n\n" + table(rows))
+    told = ", ".join(f"{layout} {seconds * 1e3:.1f} ms" for layout, seconds in changes.items())
+    print(f"\nInstalling HiDiffusion and restoring the network: {told}")
+    return 0
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The type of a flag's name; "auto" is fp16 on CUDA, fp32 elsewhere."""
+    return DTYPES.get(name, torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def networks_for(device: torch.device) -> dict[str, Network]:
+    """Full widths on CUDA, reduced ones elsewhere."""
+    return FULL if device.type == "cuda" else REDUCED
+
+
+def about(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """When, where and with what something was measured."""
+    return {
         "date": date.today().isoformat(),
         "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "commit": _commit(),
         "threads": torch.get_num_threads(),
-        "rounds": options.rounds,
-        "calls_a_round": CALLS,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=2), encoding="utf-8")
-    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(rows))
-    return 0
 
 
 def _device_name(device: torch.device) -> str:

@@ -160,6 +160,9 @@ def _check_text(name: str, value: str) -> None:
 
 def _check_outputs(jobs: list[dict[str, Any]]) -> None:
     """Raises `HiresError` where a picture or report would go nowhere, into a folder's name, or over another one."""
+    from .engines.job import MAX_BATCH
+    from .engines.runner import picture_names
+
     taken: set[Path] = set()
     for job in jobs:
         if not job["out"]:
@@ -167,14 +170,15 @@ def _check_outputs(jobs: list[dict[str, Any]]) -> None:
         for name in ("out", "report"):
             if not job[name]:
                 continue
-            path = Path(job[name]).absolute()
-            if path.is_dir():
-                raise SettingError(name, job[name], "a file's name", "It is a folder.")
-            if path in taken:
-                raise SettingError(
-                    name, job[name], "a name of its own", "Another picture or report goes there already."
-                )
-            taken.add(path)
+            batch = job["batch"] if name == "out" and isinstance(job["batch"], int) else 1
+            for path in picture_names(Path(job[name]).absolute(), min(batch, MAX_BATCH)):
+                if path.is_dir():
+                    raise SettingError(name, job[name], "a file's name", "It is a folder.")
+                if path in taken:
+                    raise SettingError(
+                        name, job[name], "a name of its own", f"Another picture or report goes to {path.name} already."
+                    )
+                taken.add(path)
 
 
 def read_jobs(path: str) -> list[dict[str, Any]]:

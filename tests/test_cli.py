@@ -190,6 +190,10 @@ def test_nothing_is_drawn_where_a_picture_could_not_be_written_or_would_be_lost(
     for lines, word in (
         ([{"prompt": "a", "out": out}, {"prompt": "b", "out": out}], "name of its own"),
         ([{"prompt": "a", "out": out, "report": out}], "name of its own"),
+        (
+            [{"prompt": "a", "out": out, "batch": 2}, {"prompt": "b", "out": out.replace(".png", "-2.png")}],
+            "-2.png already",
+        ),
         ([{"prompt": "a", "out": str(tmp_path)}], "folder"),
         ([{"prompt": "a"}], "'out' is missing"),
     ):

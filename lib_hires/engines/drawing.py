@@ -31,18 +31,18 @@ class Drawing:
         self.engine, self.job, self.stages, self.records = engine, job, stages, records
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents
+        wanted = [stage.canvas for stage in stages[1:] if stage.canvas]
+        if any(c.skip_residual for c in wanted):
+            samplers.check_stages(job.sampler)
         self.denoiser = engine.denoiser(job) if denoiser is None else denoiser
         self.images = tuple(range(job.batch)) * (2 if job.guided else 1)
         self.reports: list[dict] = []
         self.notes: list[str] = []
         self.done = 0
         self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages))
-        wanted = [stage.canvas for stage in stages[1:] if stage.canvas]
         self.maps = AttentionMaps(engine.components.unet) if any(c.window_prompts for c in wanted) else None
         if any(c.edges for c in wanted) and engine.control is None:
             self.notes.append(NO_CONTROL)
-        if any(c.skip_residual for c in wanted):
-            samplers.check_stages(job.sampler)
 
     def sampler(self, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
         """`stage_sampler` of this job."""

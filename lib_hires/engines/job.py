@@ -11,6 +11,7 @@ from ..config.errors import SettingError
 from . import samplers
 
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
             ("height", 8, 16384),
             ("steps", 1, 1000),
             ("cfg", 0, 100),
-            ("batch", 1, 1024),
+            ("batch", 1, MAX_BATCH),
             ("seed", 0, MAX_SEED),
         ):
             value = getattr(self, name)

@@ -1,0 +1,127 @@
+"""How cost grows with the picture: seconds and memory of sampling against megapixels, with the exponent of each.
+
+One step of sampling for each size (every stage of the staged methods takes one), decoding left out, doubling the pixels
+until `--limit` seconds are reached; then log(cost) is fitted against log(pixels): 1 is linear, 2 quadratic.
+
+    python -m benchmarks.growth                    the bundled model on the CPU
+    python -m benchmarks.growth --device cuda --checkpoint model.safetensors --most 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib_hires.cli import JOB_DEFAULTS
+from lib_hires.engines.runner import Runner
+from lib_hires.memory import peak_memory
+
+from .demo import size_of
+from .prepared import Prepared
+from .speed import about
+
+VARIANTS = {
+    "plain": {"method": "none"},
+    "HiDiffusion": {"method": "hidiffusion"},
+    "Mixture of Diffusers": {"method": "mixture_of_diffusers"},
+    "DemoFusion": {"method": "demofusion"},
+}
+MEGAPIXEL = 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; returns an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--least", type=float, default=1.0, help="megapixels to begin with")
+    parser.add_argument("--most", type=float, default=64.0, help="megapixels to end with")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds; a variant that took longer is not enlarged")
+    parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--out", type=Path, default=Path("out/growth.json"))
+    options = parser.parse_args(arguments)
+    runner = Runner(quiet=True)
+    first = {**JOB_DEFAULTS, "prompt": "a red star on a blue background", "checkpoint": options.checkpoint}
+    first |= {"device": options.device, "steps": 1, "cfg": 4.0}
+    components = runner.load(first)
+    rows = []
+    for name in options.methods:
+        megapixels = options.least
+        while megapixels <= options.most:
+            rows.append(measure(components, first, name, megapixels))
+            if rows[-1]["seconds"] > options.limit:
+                break
+            megapixels *= 2
+    report = {"about": about(components.device, components.dtype), "rows": rows, "exponents": exponents(rows)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(", ".join(f"{key} {value}" for key, value in report["about"].items()))
+    print(f"\n{table(rows, report['exponents'])}")
+    return 0
+
+
+@torch.no_grad()
+def measure(components, first: dict, name: str, megapixels: float) -> dict:
+    """One size of one variant."""
+    width, height = size_of((megapixels * MEGAPIXEL) ** 0.5, (1, 1))
+    prepared = Prepared.of(components, first, VARIANTS[name], width, height)
+    with peak_memory(components.device) as peak:
+        started = time.perf_counter()
+        reports = prepared.latents()
+        seconds = time.perf_counter() - started
+    return {
+        "method": name,
+        "width": width,
+        "height": height,
+        "megapixels": width * height / MEGAPIXEL,
+        "evaluations": sum(report["unet_evaluations"] for report in reports),
+        "seconds": seconds,
+        "peak_growth": peak.growth,
+    }
+
+
+def exponents(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
+    """For each method the power of the pixels that seconds and memory follow; None below three sizes."""
+    found = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        found[name] = {
+            key: exponent([(row["megapixels"], row[key]) for row in own]) for key in ("seconds", "peak_growth")
+        }
+    return found
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """b of y = a x^b by least squares of the logarithms; None for fewer than three points."""
+    if len(points) < 3:
+        return None
+    x, y = np.log(np.maximum(np.array(points, np.float64), 1e-9)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def table(rows: Sequence[dict], found: dict) -> str:
+    """Markdown: the measurements, then the exponents."""
+    lines = [
+        "| method | size | megapixels | UNet evaluations | seconds a step | peak growth, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['width']}x{row['height']} | {row['megapixels']:.1f} | {row['evaluations']} "
+            f"| {row['seconds']:.2f} | {row['peak_growth'] / 2**20:.0f} |"
+        )
+    lines += ["", "| method | seconds grow with pixels to the power | memory |", "|---|---|---|"]
+    for name, powers in found.items():
+        told = ["too few sizes" if power is None else f"{power:.2f}" for power in powers.values()]
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,340 @@
+"""`make bench-quality`: are the pictures right? Every method, scale and aspect on the bundled model, against true renders.
+
+    caption, seed -> native picture, plain picture, each method's picture -> measures -> one row a picture (rows.jsonl)
+    rows -> one line a cell (quality.md, quality.json), one contact sheet a cell
+
+A picture is *right* when it shows exactly one subject of the asked kind, colour and look on the asked ground (a face: with
+its parts in their places). Rows are kept: a stopped run goes on, a later one adds to it.
+
+    python -m benchmarks.quality --quick                      about ten minutes on a CPU
+    python -m benchmarks.quality --seeds 64 --scales 1.5 2 3 4 --aspects 1:1 2:3 3:2 1:3 --device cuda
+    python -m benchmarks.quality --ablations --scales 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lib_hires.cli import JOB_DEFAULTS
+from lib_hires.engines.checkpoint import BUNDLED
+from lib_hires.engines.runner import Runner
+
+from . import measures
+from .contact_sheet import contact_sheet, save_sheet
+from .demo import size_of
+from .mini import judge, scenes
+from .mini.autoencoder import to_tensor
+from .prepared import Prepared
+from .speed import about
+from .subjects import find_subjects
+
+PLAIN, NATIVE, RENDER = "plain", "native", "render"
+METHODS = {
+    PLAIN: {"method": "none"},
+    "HiDiffusion": {"method": "hidiffusion"},
+    "Deep Shrink": {"method": "deep_shrink"},
+    "Mixture of Diffusers": {"method": "mixture_of_diffusers"},
+    "MultiDiffusion, overlap 0.5": {"method": "multidiffusion", "overlap": 0.5},
+    "DemoFusion": {"method": "demofusion"},
+    "AccDiffusion": {"method": "accdiffusion"},
+}
+QUICK = (PLAIN, "HiDiffusion", "Deep Shrink", "DemoFusion", "AccDiffusion")
+ABLATIONS = {
+    "DemoFusion": {"method": "demofusion"},
+    "DemoFusion, strength 1": {"method": "demofusion", "stage_strength": 1.0},
+    "DemoFusion, strength 0.6": {"method": "demofusion", "stage_strength": 0.6},
+    "DemoFusion, strength 0.25": {"method": "demofusion", "stage_strength": 0.25},
+    "DemoFusion, no skip residual": {"method": "demofusion", "skip_residual": False},
+    "DemoFusion, no dilated sampling": {"method": "demofusion", "dilated_sampling": False},
+    "DemoFusion, no filter": {"method": "demofusion", "filter_sigma": 0.0},
+    "DemoFusion, HiDiffusion inside": {"method": "demofusion", "inside": "hidiffusion"},
+    "AccDiffusion": {"method": "accdiffusion"},
+    "AccDiffusion, no interaction": {"method": "accdiffusion", "interaction": "none"},
+    "AccDiffusion, word share 0.5": {"method": "accdiffusion", "word_share": 0.5},
+    "HiDiffusion": {"method": "hidiffusion"},
+    "HiDiffusion, RAU-Net only": {"method": "hidiffusion", "window_attention": False},
+    "HiDiffusion, windows only": {"method": "hidiffusion", "raunet": False},
+    "Deep Shrink": {"method": "deep_shrink"},
+}
+STEPS, CFG, SAMPLER = 20, 4.0, "euler"
+CROPS = 4
+"""Native-size crops of a picture for the second Frechet distance."""
+SHOWN = 8
+"""Pictures of a cell on its contact sheet."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what is missing, measure it, write the tables; returns an exit status."""
+    options = _parser().parse_args(arguments)
+    if options.quick:
+        options.seeds, options.scales, options.aspects, options.methods = 6, [2.0], ["1:1"], list(QUICK)
+    variants = ABLATIONS if options.ablations else METHODS
+    chosen = options.methods or list(variants)
+    unknown = [name for name in chosen if name not in variants]
+    if unknown:
+        raise SystemExit(f"Hires Lab: '--methods' is '{unknown[0]}', must be among: {', '.join(variants)}.")
+    bench = Bench(options.checkpoint, options.device, options.out)
+    cells = [(scale, aspect) for aspect in options.aspects for scale in options.scales]
+    jobs = [(seed, *cell) for cell in cells for seed in range(options.first_seed, options.first_seed + options.seeds)]
+    for seed, scale, aspect in tqdm(jobs, unit="scene", desc="drawing"):
+        bench.draw(seed, scale, aspect, {name: variants[name] for name in chosen})
+    report = bench.report([RENDER, NATIVE, *chosen])
+    (options.out / "quality.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    text = f"{_head(report)}\n\n{table(report['cells'])}\n"
+    (options.out / "quality.md").write_text(text, encoding="utf-8")
+    bench.sheets(cells, chosen)
+    print(text)
+    print(f"Rows, tables, pictures and a contact sheet for each cell are in {options.out}/")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="another small model than the bundled one")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seeds", type=int, default=64, help="scenes a cell")
+    parser.add_argument("--first-seed", type=int, default=1000)
+    parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--aspects", nargs="+", default=["1:1"], help="width:height")
+    parser.add_argument("--methods", nargs="+", help="names from the table; default: all")
+    parser.add_argument("--ablations", action="store_true", help="parts of the methods instead of the methods")
+    parser.add_argument("--quick", action="store_true", help="six scenes, 2x, square, five methods")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"))
+    return parser
+
+
+class Bench:
+    """Draws and measures; keeps a row for each picture in `out`/rows.jsonl."""
+
+    def __init__(self, checkpoint: str | None, device: str, out: Path):
+        self.runner = Runner(quiet=True)
+        self.first = {**JOB_DEFAULTS, "checkpoint": checkpoint, "device": device}
+        self.components = self.runner.load(self.first)
+        self.native = self.components.native_resolution or 512
+        self.judge = judge.load()
+        self.out = out
+        self.model = hashlib.sha256(Path(checkpoint or BUNDLED).read_bytes()).hexdigest()[:12]
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        self.file = out / "rows.jsonl"
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        self.rows = {row["key"]: row for row in map(json.loads, lines)}
+
+    def draw(self, seed: int, scale: float, aspect: str, variants: dict[str, dict]) -> None:
+        """The scene of a seed: rendered, drawn at its native size and by each variant; what has a row is not drawn again."""
+        ratio = ratio_of(aspect)
+        scene = scene_of(seed, ratio)
+        small, large = size_of(self.native, ratio), size_of(self.native * scale, ratio)
+        jobs = [(RENDER, scale, large, None), (RENDER, 1.0, small, None), (NATIVE, 1.0, small, METHODS[PLAIN])]
+        jobs += [(name, scale, large, settings) for name, settings in variants.items()]
+        native = None
+        for name, times, size, settings in jobs:
+            key = self._key(name, times, aspect, seed, settings)
+            path = self._path(name, times, aspect, seed)
+            if key in self.rows and path.exists():
+                native = np.asarray(Image.open(path)) if name == NATIVE else native
+                continue
+            truth = scenes.render(scene, size)
+            picture, spent = (truth, {}) if name == RENDER else self._drawn(scene.caption, seed, size, settings)
+            Image.fromarray(picture).save(path)
+            native = picture if name == NATIVE else native
+            measured = self._measured(picture, scene, times, native)
+            measured["detail_true"] = measures.detail(truth, times)
+            row = {"key": key, "method": name, "scale": times, "aspect": aspect, "seed": seed, "caption": scene.caption}
+            self._keep({**row, "width": size[0], "height": size[1], **measured, **spent})
+
+    def _drawn(self, caption: str, seed: int, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
+        job = {**self.first, "prompt": caption, "seed": seed, "steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+        prepared = Prepared.of(self.components, job, settings, *size)
+        started = time.perf_counter()
+        result = prepared.picture()
+        evaluations = sum(stage["unet_evaluations"] for stage in result.stages)
+        spent = {"seconds": time.perf_counter() - started, "evaluations": evaluations}
+        return np.asarray(result.images[0]), spent
+
+    def _measured(self, picture: np.ndarray, scene: scenes.Scene, scale: float, native: np.ndarray | None) -> dict:
+        masks = find_subjects(picture)
+        seen = judge.verdicts(self.judge, [judge.crop_around(picture, masks[0])]) if masks else []
+        asked = {"kind": scene.kind, "colour": scene.colour, "look": scene.look, "ground": scene.ground}
+        asked["look"] = judge.words.told(scene)["look"]
+        right = {name: bool(seen and getattr(seen[0], name) == value) for name, value in asked.items()}
+        face = bool(seen and right["kind"] and seen[0].face_is_right) if scene.is_face else None
+        return {
+            "subjects": len(masks),
+            **right,
+            "face": face,
+            "right": len(masks) == 1 and all(right.values()) and face is not False,
+            "detail": measures.detail(picture, scale),
+            "seams": measures.seams(picture, self.native),
+            "drift": None if native is None else measures.drift(picture, native),
+            "whole": self._features([_short_side(picture)]),
+            "crops": self._features(_crops(picture, self.native)),
+        }
+
+    def _features(self, pictures: list[np.ndarray]) -> list[list[float]]:
+        with torch.no_grad():
+            found = self.judge.features(torch.stack([to_tensor(picture) for picture in pictures]))
+        return [[round(value, 4) for value in one] for one in found.tolist()]
+
+    def _key(self, name: str, scale: float, aspect: str, seed: int, settings: dict | None) -> str:
+        told = "" if settings is None else json.dumps(settings, sort_keys=True)
+        return f"{self.model} {name} {scale:g} {aspect} {seed} {STEPS} {CFG} {SAMPLER} {told}"
+
+    def _path(self, name: str, scale: float, aspect: str, seed: int) -> Path:
+        words = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+        return self.out / "pictures" / f"{words}-{scale:g}x-{aspect.replace(':', 'to')}-{seed}.png"
+
+    def _keep(self, row: dict) -> None:
+        self.rows[row["key"]] = row
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def report(self, names: Sequence[str]) -> dict:
+        """Every cell that has rows of this model, and where it was measured."""
+        own = [row for row in self.rows.values() if row["key"].startswith(self.model)]
+        cells = []
+        for scale, aspect in sorted({(row["scale"], row["aspect"]) for row in own}, key=str):
+            same = [row for row in own if (row["scale"], row["aspect"]) == (scale, aspect)]
+            true = [row for row in own if (row["method"], row["scale"], row["aspect"]) == (RENDER, scale, aspect)]
+            for name in names:
+                rows = [row for row in same if row["method"] == name]
+                if rows:
+                    cells.append(cell_of(rows, true))
+        return {
+            **about(self.components.device, self.components.dtype),
+            "model": self.model,
+            "sampling": f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}",
+            "judge": judge.accuracy(self.judge),
+            "cells": cells,
+        }
+
+    def sheets(self, cells: Iterable[tuple[float, str]], names: Sequence[str]) -> None:
+        """One contact sheet a cell: the native picture beside each variant's, a row for each of the first seeds."""
+        for scale, aspect in cells:
+            seeds = sorted(
+                {row["seed"] for row in self.rows.values() if row["scale"] == scale and row["aspect"] == aspect}
+            )
+            rows = []
+            for seed in seeds[:SHOWN]:
+                paths = [
+                    self._path(NATIVE, 1.0, aspect, seed),
+                    *(self._path(name, scale, aspect, seed) for name in names),
+                ]
+                if all(path.exists() for path in paths):
+                    rows.append((f"seed {seed}", [Image.open(path) for path in paths]))
+            if rows:
+                sheet = contact_sheet(rows, [NATIVE, *names])
+                save_sheet(sheet, self.out / f"sheet-{scale:g}x-{aspect.replace(':', 'to')}.png")
+
+
+def ratio_of(aspect: str) -> tuple[int, int]:
+    """(width, height) of "2:3". Raises `SystemExit` for anything else."""
+    try:
+        width, height = (int(part) for part in aspect.split(":"))
+        if min(width, height) < 1:
+            raise ValueError
+    except ValueError:
+        raise SystemExit(f"Hires Lab: '--aspects' is '{aspect}', must be width:height, such as 2:3.") from None
+    return width, height
+
+
+def scene_of(seed: int, ratio: tuple[int, int]) -> scenes.Scene:
+    """The scene of a seed; its radius is that of a square picture with the same area."""
+    scene = scenes.draw_scene(np.random.default_rng([2, seed]))
+    wider = (max(ratio) / min(ratio)) ** 0.5
+    return replace(scene, radius=min(0.42, scene.radius * wider))
+
+
+def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
+    """One line of the table; a figure is (mean, low, high)."""
+    faces = [row["face"] for row in rows if row["face"] is not None]
+    figure = measures.mean_with_interval
+    cell = {key: rows[0][key] for key in ("method", "scale", "aspect", "width", "height")}
+    cell |= {"pictures": len(rows), "faces": len(faces)}
+    cell |= {
+        name: figure([row[name] for row in rows]) for name in ("right", "kind", "colour", "look", "ground", "seams")
+    }
+    cell["one"] = figure([row["subjects"] == 1 for row in rows])
+    cell["repeated"] = figure([row["subjects"] > 1 for row in rows])
+    cell["none"] = figure([row["subjects"] == 0 for row in rows])
+    cell["face"] = figure(faces) if faces else None
+    cell["detail"] = float(np.mean([row["detail"] for row in rows]) / np.mean([row["detail_true"] for row in rows]))
+    drifts = [row["drift"] for row in rows if row["drift"] is not None]
+    cell["drift"] = figure(drifts) if drifts else None
+    for name in ("whole", "crops"):
+        cell[f"frechet_{name}"] = _distance(rows, true, name)
+    for name in ("seconds", "evaluations"):
+        cell[name] = float(np.median([row[name] for row in rows])) if name in rows[0] else None
+    return cell
+
+
+def _distance(rows: Sequence[dict], true: Sequence[dict], name: str) -> float | None:
+    """Frechet distance of a cell's features from the true renders' of the other seeds' scenes too; None below 16 pictures."""
+    if min(len(rows), len(true)) < 16:
+        return None
+    ours, theirs = (np.array([one for row in some for one in row[name]]) for some in (rows, true))
+    return measures.frechet(ours, theirs)
+
+
+def table(cells: Sequence[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| size | method | n | right | one | repeated | none | shape | colour | faces right | FD whole | FD crops | detail | seams | drift | evaluations | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        figures = [_share(cell[name]) for name in ("right", "one", "repeated", "none", "kind", "colour", "face")]
+        figures += [_number(cell[name]) for name in ("frechet_whole", "frechet_crops", "detail")]
+        figures += [_number(cell[name] and cell[name][0]) for name in ("seams", "drift")]
+        figures += [_number(cell[name], 0 if name == "evaluations" else 1) for name in ("evaluations", "seconds")]
+        lines.append(
+            f"| {cell['scale']:g}x {cell['aspect']} | {cell['method']} | {cell['pictures']} | {' | '.join(figures)} |"
+        )
+    return "\n".join(lines)
+
+
+def _head(report: dict) -> str:
+    told = ", ".join(f"{name} {value:.3f}" for name, value in report["judge"].items())
+    return (
+        f"{report['date']}, {report['device']}, torch {report['torch']}, commit {report['commit']}, model {report['model']}, "
+        f"{report['sampling']}. The judge's own accuracy on unseen renders: {told}."
+    )
+
+
+def _share(figure: tuple[float, float, float] | None) -> str:
+    return "" if figure is None else f"{figure[0]:.2f} ({figure[1]:.2f} to {figure[2]:.2f})"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _short_side(picture: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(picture)
+    times = judge.SIDE / min(image.size)
+    return np.asarray(image.resize((round(image.width * times), round(image.height * times)), Image.Resampling.BOX))
+
+
+def _crops(picture: np.ndarray, native: int) -> list[np.ndarray]:
+    """Crops of the native size, or of the whole short side where that is less; places by the picture's size alone."""
+    generator = np.random.default_rng(picture.shape[:2])
+    side = min(native, *picture.shape[:2])
+    crops = []
+    for _ in range(CROPS):
+        top, left = (int(generator.integers(0, length - side + 1)) for length in picture.shape[:2])
+        crops.append(_short_side(picture[top : top + side, left : left + side]))
+    return crops
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

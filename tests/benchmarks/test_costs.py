@@ -1,0 +1,89 @@
+"""The benches of cost: what they count, and that each of their variants runs."""
+
+import pytest
+import torch
+
+from benchmarks import floor, growth, speed
+from benchmarks.networks import REDUCED
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def setup(request):
+    return speed.Setup(REDUCED[request.param], 0.5, 1, CPU, torch.float32)
+
+
+def test_operators_are_sorted_by_their_names():
+    kinds = {
+        "aten.convolution": "convolution",
+        "aten::mkldnn_convolution": "convolution",
+        "aten._scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten.addmm": "matrix",
+        "aten::mm": "matrix",
+        "aten::bmm": "matrix",
+        "aten::mul": "other",
+        "aten::native_group_norm": "other",
+    }
+    assert {name: floor.kind_of(name) for name in kinds} == kinds
+
+
+def test_flops_of_plain_are_those_of_its_layers(setup):
+    row = floor.measure(setup, "plain", rate=1e9, rounds=1)
+    with torch.no_grad():
+        first = setup.unet.conv_in
+        least = 2 * first.weight.numel() * setup.size[0] * setup.size[1]
+    assert row["flops"] > 50 * least
+    assert row["kinds"]["convolution"]["flops"] > row["kinds"]["attention"]["flops"] > 0
+    assert row["distance"] == pytest.approx(row["seconds"] * 1e9 / row["flops"])
+    assert sum(kind["seconds"] for kind in row["kinds"].values()) == pytest.approx(row["seconds"])
+
+
+def test_the_rate_is_what_a_product_takes():
+    assert 1e8 < floor.matrix_rate(CPU, torch.float32, rounds=1) < 1e15
+
+
+def test_tiles_split_the_attention_and_leave_nothing_behind(setup):
+    before, hooks = [], lambda: [len(module._forward_hooks) for module in setup.unet.modules()]
+    seen = []
+    attention = next(module for name, module in setup.unet.named_modules() if name.endswith("attn1"))
+    before = hooks()
+    handle = attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    with torch.no_grad():
+        setup.clock(setup.unet)
+        whole = seen[-1]
+        setup.with_tiles()
+    handle.remove()
+    assert hooks() == before
+    assert seen[-1][0] in (whole[0], 4 * whole[0])
+    assert any(shape[0] == 4 * whole[0] for shape in seen)
+
+
+def test_installing_and_restoring_takes_time_and_changes_nothing(setup):
+    keys = list(setup.unet.state_dict())
+    assert setup.install_and_restore(speed.HiDiffusion()) > 0
+    assert list(setup.unet.state_dict()) == keys
+
+
+def test_exponents_are_those_of_powers():
+    points = [(size, 3 * size**1.7) for size in (1, 2, 4, 8)]
+    assert growth.exponent(points) == pytest.approx(1.7)
+    assert growth.exponent(points[:2]) is None
+
+
+def test_growth_measures_and_tells_each_size(tmp_path, capsys):
+    arguments = [
+        "--least",
+        "0.0625",
+        "--most",
+        "0.125",
+        "--methods",
+        "plain",
+        "DemoFusion",
+        "--out",
+        str(tmp_path / "g.json"),
+    ]
+    assert growth.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "| plain | 256x256 |" in told and "too few sizes" in told
+    assert (tmp_path / "g.json").exists()
