@@ -24,6 +24,7 @@ PURPOSES = {
     "initial noise": "(seed, stage) -> (C, h, w) unit noise that the first stage starts from; stage is 0",
     "stage noise": "(seed, stage) -> (C, h, w) unit noise of a later stage, counted from 1",
     "view jitter": "(seed, stage, timestep, view, axis) -> moves of a view in latents; axis 'across', then 'down'",
+    "canvas turn": "(seed, stage, timestep, axis) -> latents that a canvas with joined edges is turned by; 'down', 'across'",
     "window interaction": "(seed, stage, timestep, group) -> (k, C or 1, h, w) whole numbers: grid that each grid reads",
     "window prompts": "(seed, stage, view, axis) -> moves of views that keep their place for a stage, in cells of 4 latents",
 }

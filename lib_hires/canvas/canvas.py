@@ -35,12 +35,14 @@ class Tile:
     """One network input: its kind, its number, its size in latents, and for each image of the batch where it lies.
 
     `places`: (top, left) in latents on the canvas; None for what covers the whole canvas (a dilated grid).
+    `turns`: (down, right) latents by which the canvas was turned before this grid was cut from it; None where it was not.
     """
 
     kind: str
     index: int
     size: Size
     places: tuple[Place, ...] | None = None
+    turns: tuple[Place, ...] | None = None
 
 
 Evaluate = Callable[[Tensor, Sequence[Tile]], Tensor]
@@ -62,6 +64,7 @@ class Canvas:
         records = records or {}
         self.plan, self.size, self.seeds, self.stage = plan, size, tuple(seeds), stage
         self.batches = batches or Batches(plan.tile_batch)
+        self._turns = Stream("canvas turn", records.get("canvas turn"))
         self._jitter = Stream("view jitter", records.get("view jitter"))
         self._fixed = Stream("window prompts", records.get("window prompts"))
         self._shuffles = Stream("window interaction", records.get("window interaction"))
@@ -119,18 +122,38 @@ class Canvas:
         return cutter.mean(sums)
 
     def _dilated(self, x: Tensor, moment: Moment, images: Sequence[int], evaluate: Evaluate) -> Tensor:
-        """Every grid reads filtered latents; with window interaction grids exchange latents before and back after."""
+        """Every grid reads filtered latents; with window interaction grids exchange latents before and back after.
+
+        Grids end where the canvas does. Where its edges meet, it is turned by another draw at each step before grids are cut
+        and turned back after, so that their ends have no fixed place.
+        """
         plan, published = self.plan.dilated, self.plan.published
+        turns = self._turned(moment)
+        x = x if turns is None else turned(x, [turns[image] for image in images])
         sigma = plan.filter_sigma * (0.99 * moment.cosine**self.plan.cosines.filter + 0.01)
         grids = self._filtered_grids(x, plan.dilation, sigma, published)
         exchange = self._exchange(grids, moment, images)
         inputs = grids if exchange is None else grids.gather(0, exchange)
         size = tuple(grids.shape[-2:])
-        pieces = ((Tile(DILATED, index, size), inputs[index].to(x.dtype)) for index in range(len(inputs)))
+        pieces = ((Tile(DILATED, index, size, None, turns), inputs[index].to(x.dtype)) for index in range(len(inputs)))
         outputs = torch.stack([output.float() for _, output in self.batches.run(pieces, evaluate)])
         if exchange is not None:
             outputs = torch.empty_like(outputs).scatter_(0, exchange, outputs)
-        return join_grids(outputs, plan.dilation, self.size)
+        joined = join_grids(outputs, plan.dilation, self.size)
+        return joined if turns is None else turned(joined, [(-turns[image][0], -turns[image][1]) for image in images])
+
+    def _turned(self, moment: Moment) -> tuple[Place, ...] | None:
+        """How far each image's canvas is turned at a moment; None where no edges meet."""
+        wrap = self.plan.local.wrap if self.plan.local else (False, False)
+        if not any(wrap):
+            return None
+        return tuple(
+            tuple(
+                self._turns.integer(length, seed, self.stage, moment.key, axis) if on else 0
+                for length, on, axis in zip(self.size, wrap, ("down", "across"))
+            )
+            for seed in self.seeds
+        )
 
     def _filtered_grids(self, x: Tensor, dilation: int, sigma: float, published: bool) -> Tensor:
         """(s*s, N, C, h, w) fp32. As published the zeros that fill up the canvas are filtered along with it."""
@@ -158,6 +181,11 @@ class Canvas:
         return torch.cat(parts)
 
 
+def turned(x: Tensor, turns: Sequence[Place]) -> Tensor:
+    """(N, C, H, W) with each row's origin moved (down, right), around the edges."""
+    return torch.stack([row.roll((-down, -right), (-2, -1)) for row, (down, right) in zip(x, turns)])
+
+
 def crop_hint(hint: Tensor, tile: Tile, images: Iterable[int], canvas: Size, plan: CanvasPlan) -> Tensor:
     """What belongs to a tile of a picture-like hint (B or 1, C, f H, f W) for a canvas (H, W): one row for each image row.
 
@@ -174,6 +202,7 @@ def crop_hint(hint: Tensor, tile: Tile, images: Iterable[int], canvas: Size, pla
             cutter = Cutter(plan.local, canvas, [0])
             rows.append(cutter.cut(cutter.padded(row), view))
         elif tile.kind == DILATED:
+            row = turned(row, [tile.turns[image]]) if tile.turns else row
             rows.append(split_grids(row, plan.dilated.dilation, plan.published)[tile.index])
         else:
             rows.append(row)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lib_hires.canvas import draws
 from lib_hires.canvas.batches import Batches
-from lib_hires.canvas.canvas import DILATED, LOCAL, WHOLE, Canvas
+from lib_hires.canvas.canvas import DILATED, LOCAL, WHOLE, Canvas, crop_hint
 from lib_hires.canvas.views import gaussian
 from lib_hires.plan.tiling import (
     BY_CHANNEL,
@@ -32,6 +32,7 @@ PLANS = {
     "gaussian views": CanvasPlan(replace(WINDOW, weights=GAUSSIAN, jitter=0)),
     "views with zeros": CanvasPlan(replace(WINDOW, edge=ZEROS), published=True),
     "circle": CanvasPlan(replace(WINDOW, wrap=(True, True))),
+    "circle and grids": CanvasPlan(replace(WINDOW, wrap=(True, True)), Dilated(2, 0.0)),
     "grids": CanvasPlan(None, Dilated(2, 0.0)),
     "views and grids": CanvasPlan(WINDOW, Dilated(3, 0.0)),
     "exchange by position": CanvasPlan(WINDOW, Dilated(2, 0.0, BY_POSITION)),
@@ -255,3 +256,38 @@ def test_a_batch_that_does_not_fit_is_halved_and_repeated_and_the_number_is_kept
 def test_a_single_view_that_does_not_fit_says_so():
     with pytest.raises(torch.OutOfMemoryError):
         list(Batches(4).run([(0, random(2, 4, 8, 8))], Small(1)))
+
+
+@pytest.mark.parametrize("size", ((32, 24), (35, 41)))
+@pytest.mark.parametrize("wrap", ((False, True), (True, True), (False, False)))
+def test_hints_are_cut_like_the_latents_of_turned_grids(size, wrap):
+    plan = CanvasPlan(replace(WINDOW, wrap=wrap, jitter=0), Dilated(2, 0.0))
+    x, images, compared = random(2, 3, *size), (0, 1), []
+
+    def evaluate(rows, tiles):
+        for part, tile in zip(rows.chunk(len(tiles)), tiles):
+            if tile.kind == DILATED:
+                compared.append(tile.turns)
+                torch.testing.assert_close(part, crop_hint(x, tile, images, size, plan), rtol=0, atol=1e-6)
+        return rows
+
+    Canvas(plan, size, (4, 9)).predict(x, MIDDLE, images, evaluate)
+    assert len(compared) == 4
+    if not any(wrap):
+        assert compared == [None] * 4
+    else:
+        assert compared[0][0] != compared[0][1] and all(turn[0] == 0 or wrap[0] for turn in compared[0])
+
+
+def test_the_ends_of_grids_lie_elsewhere_at_each_step_where_edges_meet():
+    plan = CanvasPlan(replace(WINDOW, wrap=(False, True)), Dilated(2, 0.0))
+    x, found = torch.zeros(1, 1, 32, 48), []
+
+    def falling(rows, tiles):
+        return torch.linspace(1, 0, rows.shape[-1]).expand(rows.shape) * (tiles[0].kind == DILATED)
+
+    for timestep in range(100, 900, 100):
+        moment = NoiseSchedule().moment(timestep=float(timestep))
+        row = Canvas(plan, (32, 48), (0,)).predict(x, moment, (0,), falling)[0, 0, 0]
+        found.append(int(row.diff().argmax()))  # the step from a grid's last column to its first
+    assert len(set(found)) > 4

@@ -171,7 +171,7 @@ class Hints:
         full = self._full[number, name]
         if tile is None:
             return full
-        key = (number, name, tile.kind, tile.index, tile.places, images)
+        key = (number, name, tile.kind, tile.index, tile.places, tile.turns, images)
         found = self._crops.get(key)
         if found is None:
             found = crop_hint(full, tile, images, self.run.size, self.run.stage.canvas)
