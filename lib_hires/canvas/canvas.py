@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..plan.models import LATENT_FACTOR
@@ -184,29 +183,6 @@ class Canvas:
 def turned(x: Tensor, turns: Sequence[Place]) -> Tensor:
     """(N, C, H, W) with each row's origin moved (down, right), around the edges."""
     return torch.stack([row.roll((-down, -right), (-2, -1)) for row, (down, right) in zip(x, turns)])
-
-
-def crop_hint(hint: Tensor, tile: Tile, images: Iterable[int], canvas: Size, plan: CanvasPlan) -> Tensor:
-    """What belongs to a tile of a picture-like hint (B or 1, C, f H, f W) for a canvas (H, W): one row for each image row.
-
-    f is whole (8 for ControlNet's hints, 1 for what is concatenated to the latent). A dilated grid gets the hint sampled
-    like its latents, in blocks of f x f pixels.
-    """
-    factor = hint.shape[-1] // canvas[1]
-    blocks = rearrange(hint, "n c (h f) (w g) -> n (c f g) h w", f=factor, g=factor)
-    rows = []
-    for image in images:
-        row = blocks[image % len(blocks)][None]
-        if tile.kind == LOCAL:
-            view = View(tile.index, tile.size, (tile.places[image],))
-            cutter = Cutter(plan.local, canvas, [0])
-            rows.append(cutter.cut(cutter.padded(row), view))
-        elif tile.kind == DILATED:
-            row = turned(row, [tile.turns[image]]) if tile.turns else row
-            rows.append(split_grids(row, plan.dilated.dilation, plan.published)[tile.index])
-        else:
-            rows.append(row)
-    return rearrange(torch.cat(rows), "n (c f g) h w -> n c (h f) (w g)", f=factor, g=factor)
 
 
 def crop_numbers(plan: CanvasPlan, tile: Tile, images: Iterable[int]) -> list[list[int]]:

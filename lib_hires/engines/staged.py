@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..canvas.canvas import LOCAL, WHOLE, Tile, crop_hint, crop_numbers
+from ..canvas.canvas import LOCAL, WHOLE, Tile, crop_numbers
+from ..canvas.hints import Hint
 from ..canvas.words import chunk_columns, words_of_tokens
 from ..schedule import Moment
 from ..stages.progressive import StageRun
@@ -33,6 +34,9 @@ class CanvasDenoiser:
         self.plain, self.images, self.cfg, self.run = plain, tuple(images), cfg, run
         self.session, self.control = session, control
         self.moment, self.share = Moment(999.0, 1.0), 0.0
+        size, plan = run.size, run.stage.canvas
+        self.extra = None if plain.extra is None else Hint(plain.extra, size, plan)
+        self.hint = None if control is None or run.hint is None else Hint(run.hint, size, plan)
 
     def at(self, moment: Moment, step: int, steps: int) -> None:
         """Where the sampler is."""
@@ -54,19 +58,16 @@ class CanvasDenoiser:
 
     def _evaluate(self, x: Tensor, tiles: Sequence[Tile], t: Tensor) -> Tensor:
         told = _joined([self.told(tile) for tile in tiles])
-        extra = self.plain.extra
-        if extra is not None:
-            extra = torch.cat([self._crop(extra, tile) for tile in tiles])
+        extra = None
+        if self.extra is not None:
+            extra = torch.cat([self.extra.crop(tile, self.images) for tile in tiles])
         residuals = {}
-        if self.control is not None and self.share > 0 and self.run.hint is not None and tiles[0].kind == LOCAL:
-            hint = torch.cat([self._crop(self.run.hint, tile) for tile in tiles])
+        if self.hint is not None and self.share > 0 and tiles[0].kind == LOCAL:
+            hint = torch.cat([self.hint.crop(tile, self.images) for tile in tiles])
             residuals = control_residuals(self.control, x, t, told, hint, self.share)
         if self.session is not None:
             self.session.rows(self.images * len(tiles))
         return self.plain.evaluate(x, t, told, extra, residuals)
-
-    def _crop(self, hint: Tensor, tile: Tile) -> Tensor:
-        return crop_hint(hint, tile, self.images, self.run.size, self.run.stage.canvas)
 
     def told(self, tile: Tile) -> Conditioning:
         """What the rows of one tile are told: the window prompt of a view, and where the view lies (SDXL)."""

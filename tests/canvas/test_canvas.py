@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lib_hires.canvas import draws
 from lib_hires.canvas.batches import Batches
-from lib_hires.canvas.canvas import DILATED, LOCAL, WHOLE, Canvas, crop_hint
+from lib_hires.canvas.canvas import DILATED, LOCAL, WHOLE, Canvas
+from lib_hires.canvas.hints import Hint
 from lib_hires.canvas.views import gaussian
 from lib_hires.plan.tiling import (
     BY_CHANNEL,
@@ -263,12 +264,13 @@ def test_a_single_view_that_does_not_fit_says_so():
 def test_hints_are_cut_like_the_latents_of_turned_grids(size, wrap):
     plan = CanvasPlan(replace(WINDOW, wrap=wrap, jitter=0), Dilated(2, 0.0))
     x, images, compared = random(2, 3, *size), (0, 1), []
+    hint = Hint(x, size, plan)
 
     def evaluate(rows, tiles):
         for part, tile in zip(rows.chunk(len(tiles)), tiles):
             if tile.kind == DILATED:
                 compared.append(tile.turns)
-                torch.testing.assert_close(part, crop_hint(x, tile, images, size, plan), rtol=0, atol=1e-6)
+                torch.testing.assert_close(part, hint.crop(tile, images), rtol=0, atol=1e-6)
         return rows
 
     Canvas(plan, size, (4, 9)).predict(x, MIDDLE, images, evaluate)

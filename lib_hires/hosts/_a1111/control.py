@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...canvas.canvas import LOCAL, Tile, crop_hint
+from ...canvas.canvas import LOCAL, Tile
+from ...canvas.hints import Hint
 from ...plan.models import LATENT_FACTOR
 from ...stages.edge_hints import edge_hint
 from ...stages.progressive import StageRun
@@ -76,6 +77,7 @@ class Hints:
         self._before: list[tuple[Any, dict[str, Any]]] = []
         self._taken: Any = None
         self._full: dict[tuple[int, str], Tensor] = {}
+        self._ready: dict[tuple[int, str], Hint] = {}
         self._crops: dict[tuple, Tensor] = {}
         self._kept = self._rows = 0
 
@@ -103,6 +105,7 @@ class Hints:
             _forget(param)
         self._params, self._taken = [], None
         self._full.clear()
+        self._ready.clear()
         self._crops.clear()
 
     def _measure(self, number: int, param: Any) -> None:
@@ -174,7 +177,9 @@ class Hints:
         key = (number, name, tile.kind, tile.index, tile.places, tile.turns, images)
         found = self._crops.get(key)
         if found is None:
-            found = crop_hint(full, tile, images, self.run.size, self.run.stage.canvas)
+            if (number, name) not in self._ready:
+                self._ready[number, name] = Hint(full, self.run.size, self.run.stage.canvas)
+            found = self._ready[number, name].crop(tile, images)
             size = found.element_size() * found.nelement()
             if self._kept + size <= _KEPT_BYTES:
                 self._crops[key] = found

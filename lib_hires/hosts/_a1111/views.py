@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...canvas.canvas import LOCAL, Tile, crop_hint, crop_numbers
+from ...canvas.canvas import LOCAL, Tile, crop_numbers
+from ...canvas.hints import Hint
 from ...schedule import Moment
 from ...stages.progressive import StageRun
 from .control import Hints, is_marked
@@ -157,7 +158,7 @@ class Views:
     def _cropped(self, picture: Tensor, tile: Tile, rows: Sequence[tuple[int, int | None]]) -> Tensor:
         """Each row's own part of what is concatenated to its latent. picture: (N, c, H, W)."""
         plan, size = self.run.stage.canvas, self.run.size
-        cut = [crop_hint(picture[row : row + 1], tile, [image], size, plan) for row, (image, _) in enumerate(rows)]
+        cut = [Hint(picture[row : row + 1], size, plan).crop(tile, [image]) for row, (image, _) in enumerate(rows)]
         return torch.cat(cut)
 
 
