@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from lib_hires.canvas.method import CanvasMethod, StagedMethod
+from lib_hires.cli import JOB_DEFAULTS
 from lib_hires.engines.runner import Runner
 from lib_hires.memory import peak_memory
 from lib_hires.methods import methods
 
-from .demo import JOB_DEFAULTS
-from .prepared import Prepared
+from .prepared import Prepared, native_of
 from .speed import about
 
 VARIANTS = {
@@ -64,10 +64,11 @@ def measure(job: dict, scale: float, rounds: int) -> list[dict]:
     """One row for each variant at a scale."""
     runner = Runner(quiet=True)
     components = runner.load(job)
-    side = round((components.native_resolution or 512) * scale / 8) * 8
+    side = round(native_of(components, job) * scale / 8) * 8
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     found: dict[str, dict] = {}
     names = list(VARIANTS)
+    Prepared.of(components, job, VARIANTS["plain"], side, side).latents()  # warms up
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             prepared = Prepared.of(components, job, VARIANTS[name], side, side)

@@ -22,6 +22,7 @@ from lib_hires.engines.runner import Runner
 from lib_hires.methods import NONE, methods
 
 from .contact_sheet import contact_sheet, save_sheet
+from .prepared import native_of
 from .subjects import count_subjects
 
 PROMPTS = {
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     runner = Runner(quiet=True)
     first = {**JOB_DEFAULTS, "checkpoint": options.checkpoint, "device": options.device}
-    native = options.native or runner.load(first).native_resolution or 512
+    native = options.native or native_of(runner.load(first), {**first, "prompt": ""})
     jobs = list(_jobs(first, native, options))
     with tqdm(total=sum(job["steps"] for job in jobs), unit="step", desc="drawing") as bar:
         rows = [_draw(runner, job, bar) for job in jobs]

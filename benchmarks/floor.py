@@ -12,7 +12,6 @@ profiler gives them; what neither counts (norms, activations, copies) is "other"
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
@@ -20,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from .speed import CALLS, Setup, about, dtype_of, networks_for, wait
+from .speed import CALLS, Setup, about, dtype_of, networks_for, timed, wait
 
 KINDS = {
     "convolution": ("convolution", "conv2d", "cudnn", "mkldnn_conv", "thnn_conv"),
@@ -81,14 +81,17 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
 @torch.no_grad()
 def measure(setup: Setup, name: str, rate: float, rounds: int) -> dict:
     """FLOPs, seconds and distance of one variant, a call of its clock on average, in all and for each kind."""
-    run = setup.variants()[name]
+    variants = setup.variants()
+    if name not in variants:
+        raise SystemExit(f"Hires Lab: '--variants' is '{name}', must be among: {', '.join(variants)}.")
+    run = variants[name]
     run()
     with FlopCounterMode(display=False) as counter:
         run()
     flops = dict.fromkeys((*KINDS, "other"), 0.0)
     for operator, count in counter.get_flop_counts()["Global"].items():
         flops[kind_of(str(operator))] += count / CALLS
-    seconds = statistics.median(_seconds(run, setup.device) for _ in range(rounds)) / CALLS
+    seconds = statistics.median(timed(run, setup.device) for _ in range(rounds)) / CALLS
     spent = _spent(run, setup.device)
     total = sum(flops.values())
     kinds = {}
@@ -117,14 +120,6 @@ def kind_of(operator: str) -> str:
     return "other"
 
 
-def _seconds(run, device: torch.device) -> float:
-    wait(device)
-    started = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - started
-
-
 def _spent(run, device: torch.device) -> dict[str, float]:
     """Own time of each kind's operators, from the profiler; only shares are used."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -133,9 +128,11 @@ def _spent(run, device: torch.device) -> dict[str, float]:
         wait(device)
     spent = dict.fromkeys((*KINDS, "other"), 0.0)
     for event in found.key_averages():
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        with contextlib.suppress(ValueError):
-            spent[kind_of(event.key)] += own
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: its time is its operator's already
+        spent[kind_of(event.key)] += (
+            event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        )
     return spent
 
 

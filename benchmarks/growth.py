@@ -20,7 +20,7 @@ import torch
 
 from lib_hires.cli import JOB_DEFAULTS
 from lib_hires.engines.runner import Runner
-from lib_hires.memory import peak_memory
+from lib_hires.memory import OUT_OF_MEMORY, peak_memory
 
 from .demo import size_of
 from .prepared import Prepared
@@ -53,8 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for name in options.methods:
         megapixels = options.least
+        measure(components, first, name, megapixels)  # warms up
         while megapixels <= options.most:
-            rows.append(measure(components, first, name, megapixels))
+            try:
+                rows.append(measure(components, first, name, megapixels))
+            except (MemoryError, OUT_OF_MEMORY):
+                print(f"{name}: out of memory at {megapixels:g} megapixels")
+                break
             if rows[-1]["seconds"] > options.limit:
                 break
             megapixels *= 2
@@ -98,10 +103,11 @@ def exponents(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """b of y = a x^b by least squares of the logarithms; None for fewer than three points."""
+    """b of y = a x^b by least squares of the logarithms, over what is above nought; None for fewer than three points."""
+    points = [point for point in points if min(point) > 0]
     if len(points) < 3:
         return None
-    x, y = np.log(np.maximum(np.array(points, np.float64), 1e-9)).T
+    x, y = np.log(np.array(points, np.float64)).T
     return float(np.polyfit(x, y, 1)[0])
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
+from lib_hires.plan.models import LATENT_FACTOR
 from lib_hires.plan.tiling import starts
 
 DIRECTIONS = 24
-"""Principal directions of the true renders' features that a Frechet distance is taken in: fewer than pictures, so that
-covariances have full rank."""
+"""Principal directions of the true renders' features that a Frechet distance is taken in, at most half as many as there are
+pictures. Few pictures make it too large all the same, so it is told beside that of other true renders."""
 RESAMPLES = 1000
 ALONG = 0.3
 FAINTEST = 1.0
 """Lightness (of 100) that hardly shows; levels of 8 bits step by a third of it."""
-FACTOR = 8
 
 
 def detail(picture: np.ndarray, scale: float) -> float:
@@ -48,9 +48,9 @@ def seams(picture: np.ndarray, view: int, overlap: float = 0.5) -> float:
 
 def borders(length: int, view: int, overlap: float) -> list[int]:
     """Where views begin and end inside a side, in pixels."""
-    size = view // FACTOR
-    first = starts(length // FACTOR, size, max(1, round(size * (1 - overlap))))
-    edges = {start * FACTOR for start in first} | {(start + size) * FACTOR for start in first}
+    size = view // LATENT_FACTOR
+    first = starts(length // LATENT_FACTOR, size, max(1, round(size * (1 - overlap))))
+    edges = {start * LATENT_FACTOR for start in first} | {(start + size) * LATENT_FACTOR for start in first}
     return sorted(edge for edge in edges if 2 <= edge <= length - 2)
 
 
@@ -70,7 +70,7 @@ def frechet(ours: np.ndarray, true: np.ndarray) -> float:
     """
     middle = true.mean(axis=0)
     _, _, ways = np.linalg.svd(true - middle, full_matrices=False)
-    ways = ways[: min(DIRECTIONS, len(true) - 1)]
+    ways = ways[: min(DIRECTIONS, min(len(ours), len(true)) // 2)]
     ours, true = (ours - middle) @ ways.T, (true - middle) @ ways.T
     first, second = np.atleast_2d(np.cov(ours.T)), np.atleast_2d(np.cov(true.T))
     values, vectors = np.linalg.eigh(first)
@@ -87,6 +87,14 @@ def interval(
     generator = np.random.default_rng(seed)
     figures = [of(generator.integers(0, count, count)) for _ in range(resamples)]
     return float(np.quantile(figures, 0.025)), float(np.quantile(figures, 0.975))
+
+
+def share_with_interval(values: Sequence[bool]) -> tuple[float, float, float]:
+    """(share, low, high) of what is true, the interval Wilson's (1927) at 95 %: no certainty at none and at all."""
+    count, share, z = len(values), float(np.mean(values)), 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return share, max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float, float]:

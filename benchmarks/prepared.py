@@ -15,6 +15,13 @@ from lib_hires.engines.standalone import Engine
 from lib_hires.plan.tiling import Stage
 from lib_hires.unet.session import Session
 
+from .speed import wait
+
+
+def native_of(components: Components, first: Mapping[str, Any]) -> int:
+    """The native size in pixels that methods go by."""
+    return Prepared.of(components, first, {"method": "hidiffusion"}, 512, 512).session.model.native
+
 
 @dataclass
 class Prepared:
@@ -37,6 +44,7 @@ class Prepared:
         """Sample without decoding; the reports of the stages."""
         drawing = Drawing(self.engine, self.job, self.session, None, self.stages, {})
         drawing.draw()
+        wait(self.engine.components.device)
         return drawing.reports
 
     def picture(self) -> Result:

@@ -14,6 +14,7 @@ its parts in their places). Rows are kept: a stopped run goes on, a later one ad
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import time
@@ -35,11 +36,13 @@ from .contact_sheet import contact_sheet, save_sheet
 from .demo import size_of
 from .mini import judge, scenes
 from .mini.autoencoder import to_tensor
-from .prepared import Prepared
+from .prepared import Prepared, native_of
 from .speed import about
 from .subjects import find_subjects
 
 PLAIN, NATIVE, RENDER = "plain", "native", "render"
+OTHER = "render, other scenes"
+"""True renders of the same captions, drawn anew: what a perfect model would score."""
 METHODS = {
     PLAIN: {"method": "none"},
     "HiDiffusion": {"method": "hidiffusion"},
@@ -51,6 +54,7 @@ METHODS = {
 }
 QUICK = (PLAIN, "HiDiffusion", "Deep Shrink", "DemoFusion", "AccDiffusion")
 ABLATIONS = {
+    PLAIN: METHODS[PLAIN],
     "DemoFusion": {"method": "demofusion"},
     "DemoFusion, strength 1": {"method": "demofusion", "stage_strength": 1.0},
     "DemoFusion, strength 0.6": {"method": "demofusion", "stage_strength": 0.6},
@@ -67,6 +71,7 @@ ABLATIONS = {
     "HiDiffusion, windows only": {"method": "hidiffusion", "raunet": False},
     "Deep Shrink": {"method": "deep_shrink"},
 }
+SEEDS, QUICK_SEEDS = 64, 6
 STEPS, CFG, SAMPLER = 20, 4.0, "euler"
 CROPS = 4
 """Native-size crops of a picture for the second Frechet distance."""
@@ -77,23 +82,23 @@ SHOWN = 8
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what is missing, measure it, write the tables; returns an exit status."""
     options = _parser().parse_args(arguments)
-    if options.quick:
-        options.seeds, options.scales, options.aspects, options.methods = 6, [2.0], ["1:1"], list(QUICK)
     variants = ABLATIONS if options.ablations else METHODS
-    chosen = options.methods or list(variants)
+    chosen = options.methods or list(QUICK if options.quick and not options.ablations else variants)
+    count = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
     unknown = [name for name in chosen if name not in variants]
     if unknown:
         raise SystemExit(f"Hires Lab: '--methods' is '{unknown[0]}', must be among: {', '.join(variants)}.")
     bench = Bench(options.checkpoint, options.device, options.out)
     cells = [(scale, aspect) for aspect in options.aspects for scale in options.scales]
-    jobs = [(seed, *cell) for cell in cells for seed in range(options.first_seed, options.first_seed + options.seeds)]
-    for seed, scale, aspect in tqdm(jobs, unit="scene", desc="drawing"):
-        bench.draw(seed, scale, aspect, {name: variants[name] for name in chosen})
-    report = bench.report([RENDER, NATIVE, *chosen])
+    seeds = range(options.first_seed, options.first_seed + count)
+    settings = {name: variants[name] for name in chosen}
+    for scale, aspect, seed in tqdm([(*cell, seed) for cell in cells for seed in seeds], unit="scene", desc="drawing"):
+        bench.draw(seed, scale, aspect, settings)
+    report = bench.report(cells, seeds, settings)
     (options.out / "quality.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     text = f"{_head(report)}\n\n{table(report['cells'])}\n"
     (options.out / "quality.md").write_text(text, encoding="utf-8")
-    bench.sheets(cells, chosen)
+    bench.sheets(cells, seeds, settings)
     print(text)
     print(f"Rows, tables, pictures and a contact sheet for each cell are in {options.out}/")
     return 0
@@ -103,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="another small model than the bundled one")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seeds", type=int, default=64, help="scenes a cell")
+    parser.add_argument("--seeds", type=int, help=f"scenes a cell (default {SEEDS}, quick {QUICK_SEEDS})")
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
     parser.add_argument("--aspects", nargs="+", default=["1:1"], help="width:height")
@@ -121,37 +126,45 @@ class Bench:
         self.runner = Runner(quiet=True)
         self.first = {**JOB_DEFAULTS, "checkpoint": checkpoint, "device": device}
         self.components = self.runner.load(self.first)
-        self.native = self.components.native_resolution or 512
+        self.native = native_of(self.components, {**self.first, "prompt": ""})
         self.judge = judge.load()
         self.out = out
-        self.model = hashlib.sha256(Path(checkpoint or BUNDLED).read_bytes()).hexdigest()[:12]
+        self.model = digest_of(Path(checkpoint or BUNDLED))
+        self.about = about(self.components.device, self.components.dtype)
+        self.circumstances = f"{self.model} {digest_of(judge.WEIGHTS)} {self.about['device']} {self.about['dtype']}"
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         self.file = out / "rows.jsonl"
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self.rows = {row["key"]: row for row in map(json.loads, lines)}
+        self.rows = {row["key"]: row for row in _read(self.file)}
 
     def draw(self, seed: int, scale: float, aspect: str, variants: dict[str, dict]) -> None:
         """The scene of a seed: rendered, drawn at its native size and by each variant; what has a row is not drawn again."""
-        ratio = ratio_of(aspect)
-        scene = scene_of(seed, ratio)
-        small, large = size_of(self.native, ratio), size_of(self.native * scale, ratio)
-        jobs = [(RENDER, scale, large, None), (RENDER, 1.0, small, None), (NATIVE, 1.0, small, METHODS[PLAIN])]
-        jobs += [(name, scale, large, settings) for name, settings in variants.items()]
-        native = None
-        for name, times, size, settings in jobs:
+        scene, native = scene_of(seed, ratio_of(aspect)), None
+        for name, times, size, settings in self._jobs(scale, aspect, variants):
             key = self._key(name, times, aspect, seed, settings)
-            path = self._path(name, times, aspect, seed)
+            path = self._path(key)
             if key in self.rows and path.exists():
                 native = np.asarray(Image.open(path)) if name == NATIVE else native
                 continue
-            truth = scenes.render(scene, size)
-            picture, spent = (truth, {}) if name == RENDER else self._drawn(scene.caption, seed, size, settings)
+            shown = scenes.of_caption(scene.caption, np.random.default_rng([3, seed])) if name == OTHER else scene
+            truth = scenes.render(replace(shown, radius=scene.radius), size)
+            picture, spent = (truth, {}) if settings is None else self._drawn(scene.caption, seed, size, settings)
             Image.fromarray(picture).save(path)
             native = picture if name == NATIVE else native
-            measured = self._measured(picture, scene, times, native)
+            measured = self._measured(picture, scene, times, native if settings else None)
             measured["detail_true"] = measures.detail(truth, times)
             row = {"key": key, "method": name, "scale": times, "aspect": aspect, "seed": seed, "caption": scene.caption}
-            self._keep({**row, "width": size[0], "height": size[1], **measured, **spent})
+            self._keep(
+                {**row, "commit": self.about["commit"], "width": size[0], "height": size[1], **measured, **spent}
+            )
+
+    def _jobs(self, scale: float, aspect: str, variants: dict[str, dict]) -> list[tuple]:
+        """(name, scale, size in pixels, settings or None for a render): a cell's pictures, the native ones first."""
+        ratio = ratio_of(aspect)
+        small, large = size_of(self.native, ratio), size_of(self.native * scale, ratio)
+        sizes = {1.0: small, scale: large}
+        jobs = [(name, times, size, None) for times, size in sizes.items() for name in (RENDER, OTHER)]
+        jobs.append((NATIVE, 1.0, small, METHODS[PLAIN]))
+        return jobs + [(name, scale, large, settings) for name, settings in variants.items()]
 
     def _drawn(self, caption: str, seed: int, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
         job = {**self.first, "prompt": caption, "seed": seed, "steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
@@ -188,53 +201,73 @@ class Bench:
 
     def _key(self, name: str, scale: float, aspect: str, seed: int, settings: dict | None) -> str:
         told = "" if settings is None else json.dumps(settings, sort_keys=True)
-        return f"{self.model} {name} {scale:g} {aspect} {seed} {STEPS} {CFG} {SAMPLER} {told}"
+        return f"{self.circumstances} | {name} {scale:g} {aspect} {seed} | {STEPS} {CFG} {SAMPLER} {told}"
 
-    def _path(self, name: str, scale: float, aspect: str, seed: int) -> Path:
-        words = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-        return self.out / "pictures" / f"{words}-{scale:g}x-{aspect.replace(':', 'to')}-{seed}.png"
+    def _path(self, key: str) -> Path:
+        """The picture of a row: its cell in words, and a digest of everything it depends on."""
+        words = "".join(letter if letter.isalnum() else "-" for letter in key.split(" | ")[1].lower())
+        return self.out / "pictures" / f"{words}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.png"
 
     def _keep(self, row: dict) -> None:
         self.rows[row["key"]] = row
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" + json.dumps(row))  # the end of the line before, which may be cut off
 
-    def report(self, names: Sequence[str]) -> dict:
-        """Every cell that has rows of this model, and where it was measured."""
-        own = [row for row in self.rows.values() if row["key"].startswith(self.model)]
-        cells = []
-        for scale, aspect in sorted({(row["scale"], row["aspect"]) for row in own}, key=str):
-            same = [row for row in own if (row["scale"], row["aspect"]) == (scale, aspect)]
-            true = [row for row in own if (row["method"], row["scale"], row["aspect"]) == (RENDER, scale, aspect)]
-            for name in names:
-                rows = [row for row in same if row["method"] == name]
+    def report(self, cells: Iterable[tuple[float, str]], seeds: Iterable[int], variants: dict[str, dict]) -> dict:
+        """The cells of these scales and aspects over these seeds, and where they were measured."""
+        lines = {}
+        for scale, aspect in cells:
+            jobs = self._jobs(scale, aspect, variants)
+            found = {(name, times): self._rows(name, times, aspect, seeds, told) for name, times, _, told in jobs}
+            for (name, times), rows in found.items():
                 if rows:
-                    cells.append(cell_of(rows, true))
+                    lines[aspect, times, name] = cell_of(rows, found[RENDER, times])
         return {
-            **about(self.components.device, self.components.dtype),
+            **self.about,
             "model": self.model,
             "sampling": f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}",
             "judge": judge.accuracy(self.judge),
-            "cells": cells,
+            "cells": [lines[place] for place in sorted(lines, key=lambda place: place[:2])],
         }
 
-    def sheets(self, cells: Iterable[tuple[float, str]], names: Sequence[str]) -> None:
+    def _rows(self, name: str, scale: float, aspect: str, seeds: Iterable[int], settings: dict | None) -> list[dict]:
+        keys = [self._key(name, scale, aspect, seed, settings) for seed in seeds]
+        return [self.rows[key] for key in keys if key in self.rows]
+
+    def sheets(self, cells: Iterable[tuple[float, str]], seeds: Iterable[int], variants: dict[str, dict]) -> None:
         """One contact sheet a cell: the native picture beside each variant's, a row for each of the first seeds."""
         for scale, aspect in cells:
-            seeds = sorted(
-                {row["seed"] for row in self.rows.values() if row["scale"] == scale and row["aspect"] == aspect}
-            )
+            jobs = [job for job in self._jobs(scale, aspect, variants) if job[3] is not None]
             rows = []
-            for seed in seeds[:SHOWN]:
-                paths = [
-                    self._path(NATIVE, 1.0, aspect, seed),
-                    *(self._path(name, scale, aspect, seed) for name in names),
-                ]
+            for seed in list(seeds)[:SHOWN]:
+                paths = [self._path(self._key(name, times, aspect, seed, told)) for name, times, _, told in jobs]
                 if all(path.exists() for path in paths):
                     rows.append((f"seed {seed}", [Image.open(path) for path in paths]))
             if rows:
-                sheet = contact_sheet(rows, [NATIVE, *names])
+                sheet = contact_sheet(rows, [name for name, *_ in jobs])
                 save_sheet(sheet, self.out / f"sheet-{scale:g}x-{aspect.replace(':', 'to')}.png")
+
+
+def digest_of(path: Path) -> str:
+    """Twelve letters for a file's content, or for the names, sizes and dates in a folder."""
+    found = hashlib.sha256()
+    if path.is_dir():
+        for each in sorted(each for each in path.rglob("*") if each.is_file()):
+            found.update(f"{each.relative_to(path)} {each.stat().st_size} {each.stat().st_mtime_ns}".encode())
+    else:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                found.update(block)
+    return found.hexdigest()[:12]
+
+
+def _read(file: Path) -> list[dict]:
+    """The rows of a file; a line that a stop cut off is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def ratio_of(aspect: str) -> tuple[int, int]:
@@ -258,16 +291,15 @@ def scene_of(seed: int, ratio: tuple[int, int]) -> scenes.Scene:
 def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
     """One line of the table; a figure is (mean, low, high)."""
     faces = [row["face"] for row in rows if row["face"] is not None]
-    figure = measures.mean_with_interval
+    figure, share = measures.mean_with_interval, measures.share_with_interval
     cell = {key: rows[0][key] for key in ("method", "scale", "aspect", "width", "height")}
     cell |= {"pictures": len(rows), "faces": len(faces)}
-    cell |= {
-        name: figure([row[name] for row in rows]) for name in ("right", "kind", "colour", "look", "ground", "seams")
-    }
-    cell["one"] = figure([row["subjects"] == 1 for row in rows])
-    cell["repeated"] = figure([row["subjects"] > 1 for row in rows])
-    cell["none"] = figure([row["subjects"] == 0 for row in rows])
-    cell["face"] = figure(faces) if faces else None
+    cell |= {name: share([row[name] for row in rows]) for name in ("right", "kind", "colour", "look", "ground")}
+    cell["one"] = share([row["subjects"] == 1 for row in rows])
+    cell["repeated"] = share([row["subjects"] > 1 for row in rows])
+    cell["none"] = share([row["subjects"] == 0 for row in rows])
+    cell["face"] = share(faces) if faces else None
+    cell["seams"] = figure([row["seams"] for row in rows])
     cell["detail"] = float(np.mean([row["detail"] for row in rows]) / np.mean([row["detail_true"] for row in rows]))
     drifts = [row["drift"] for row in rows if row["drift"] is not None]
     cell["drift"] = figure(drifts) if drifts else None
@@ -279,7 +311,7 @@ def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
 
 
 def _distance(rows: Sequence[dict], true: Sequence[dict], name: str) -> float | None:
-    """Frechet distance of a cell's features from the true renders' of the other seeds' scenes too; None below 16 pictures."""
+    """Frechet distance of a cell's features from those of the true renders of its scenes; None below 16 pictures."""
     if min(len(rows), len(true)) < 16:
         return None
     ours, theirs = (np.array([one for row in some for one in row[name]]) for some in (rows, true))

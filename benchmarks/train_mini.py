@@ -24,9 +24,9 @@ from lib_hires.engines.components import tokenizers
 from .mini import autoencoder, denoiser, export, judge, networks, scenes, words
 from .mini.training import Training
 
-LAYOUTS = ("sd15",)
 DESCRIPTION = "One subject on a plain ground: drawn scenes, for tests and measurements"
 TEXT_STEPS = 700
+UNFINISHED = "The time is over; the same command goes on from here."
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.judge:
         return _train_judge(options)
-    course = Course(options.work, torch.device(options.device), options.minutes)
+    course = Course(options.layout, options.work, torch.device(options.device), options.minutes)
     course.parts()
     if not course.finished and not options.anyway:
-        print("The time is over; the same command goes on from here.")
+        print(UNFINISHED)
         return 1
     export.save(options.out, course.unet, course.vae, course.text_encoder, DESCRIPTION)
     print(f"{options.out} and its yaml are written: {course.summary()}")
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_mini", description=__doc__.split("\n")[0])
-    parser.add_argument("--layout", choices=LAYOUTS, default="sd15", help="whose blocks the UNet has")
-    parser.add_argument("--judge", action="store_true", help="train the quality bench's judge instead")
+    parser.add_argument("--layout", choices=list(networks.CHANNELS), default="sd15", help="whose blocks the UNet has")
+    parser.add_argument("--judge", action="store_true", help="train the quality bench's judge instead, on the CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="where states and latents are kept")
     parser.add_argument("--out", type=Path, default=Path("out/train/scenes-sd15.safetensors"))
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 class Course:
     """All parts in their order, each from its kept state."""
 
-    def __init__(self, work: Path, device: torch.device, minutes: float):
-        self.work, self.device = work, device
+    def __init__(self, layout: str, work: Path, device: torch.device, minutes: float):
+        self.layout, self.work, self.device = layout, work / device.type, device
         self.budget = BUDGETS[device.type]
         self.end = time.monotonic() + 60 * minutes
         self.tokenizer = tokenizers("sd1")[0]
@@ -92,7 +92,7 @@ class Course:
         torch.manual_seed(0)
         self.vae, vae_done = self._autoencoder()
         self.text_encoder, text_done = self._text_encoder()
-        self.unet, self.finished = networks.unet("sd15"), False
+        self.unet, self.finished = networks.unet(self.layout), False
         if vae_done and text_done:
             self.finished = self._unet()
 
@@ -111,7 +111,7 @@ class Course:
             ("vae", self.budget.pictures, autoencoder.WHOLE, 5e-4),
         ):
             training = Training(vae, self.work / f"{name}.pt", steps, rate=rate, warm=50, average=0.99)
-            if not training.finished:
+            if not training.finished and self._left() > 0:
                 training.run(
                     lambda step, sizes=sizes: autoencoder.loss_of(vae, crops().batch(step, sizes).to(self.device)),
                     self._left(),
@@ -139,7 +139,7 @@ class Course:
 
     def _unet(self) -> bool:
         contexts = denoiser.Contexts(self.text_encoder, self.tokenizer)
-        unet = networks.unet("sd15").to(self.device, memory_format=torch.channels_last)
+        unet = networks.unet(self.layout).to(self.device, memory_format=torch.channels_last)
         half, native = self.budget.half, self.budget.native
         self.unet = unet
         for name, side, (steps, batch, count), rate in (
@@ -147,7 +147,7 @@ class Course:
             ("unet", networks.LATENTS, native, self.budget.rate / 2),
         ):
             training = Training(unet, self.work / f"{name}.pt", steps, rate=rate, warm=200, average=0.998)
-            if not training.finished:
+            if not training.finished and self._left() > 0:
                 pool = denoiser.make_pool(self.vae, self.work, side, count)
                 lessons = denoiser.Lessons(pool, contexts, batch, seed=side)
                 training.run(lambda step, lessons=lessons: lessons.loss_of(unet, step), self._left())
@@ -164,11 +164,13 @@ def _train_judge(options: argparse.Namespace) -> int:
     network = judge.Judge()
     training = Training(network, options.work / "judge.pt", judge.STEPS, rate=2e-3, average=0.99)
     examples = judge.Examples(training.done)
-    training.run(lambda _step: judge.loss_of(network, examples), options.minutes)
+    if not training.run(lambda _step: judge.loss_of(network, examples), options.minutes) and not options.anyway:
+        print(UNFINISHED)
+        return 1
     judge.save(training.mean)
     told = ", ".join(f"{name} {share:.3f}" for name, share in judge.accuracy(judge.load()).items())
     print(f"{judge.WEIGHTS} is written after {training.done} steps; right on unseen renders: {told}")
-    return 0 if training.finished else 1
+    return 0
 
 
 def _pictures(count: int, seed: int) -> torch.Tensor:

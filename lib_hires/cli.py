@@ -170,6 +170,8 @@ def _check_outputs(jobs: list[dict[str, Any]]) -> None:
         for name in ("out", "report"):
             if not job[name]:
                 continue
+            if Path(job[name]).is_dir():
+                raise SettingError(name, job[name], "a file's name", "It is a folder.")
             batch = job["batch"] if name == "out" and isinstance(job["batch"], int) else 1
             for path in picture_names(Path(job[name]).absolute(), min(batch, MAX_BATCH)):
                 if path.is_dir():

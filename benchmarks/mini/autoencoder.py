@@ -24,7 +24,7 @@ class Crops:
     """Batches of crops from a pool of pictures, native and enlarged scenes."""
 
     def __init__(self, seed: int = 1, count: int = POOL):
-        self.generator = np.random.default_rng(seed)
+        self.seed, self.generator = seed, np.random.default_rng(seed)
         self.pictures = [self._picture() for _ in range(count)]
 
     def _picture(self) -> np.ndarray:
@@ -32,7 +32,8 @@ class Crops:
         return scenes.render(scene, (networks.NATIVE,) * 2, zoom(self.generator, 0.4))
 
     def batch(self, step: int, sizes: tuple[tuple[int, int], ...] = CROPPED) -> torch.Tensor:
-        """(B, 3, S, S) in [-1, 1], S and B as it is that step's turn."""
+        """(B, 3, S, S) in [-1, 1], S and B as it is that step's turn; the same for the same step."""
+        self.generator = np.random.default_rng([self.seed, step])
         side, count = sizes[step % len(sizes)]
         return torch.stack([to_tensor(self._crop(side)) for _ in range(count)])
 

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from . import autoencoder, networks, scenes, words
+from lib_hires.engines.components import BETAS
+from lib_hires.plan.models import LATENT_FACTOR
 
-BETAS = (0.00085, 0.012)
+from . import autoencoder, scenes, words
+
 ZOOMED = 0.15
 """Share of parts of scenes in a pool."""
 BELOW = 650
@@ -76,7 +78,7 @@ def make_pool(
 @torch.no_grad()
 def _chunk(vae: AutoencoderKL, side: int, number: int, share: float) -> dict:
     generator = np.random.default_rng([7, side, number])
-    size = ((side + MARGIN) * networks.FACTOR,) * 2
+    size = ((side + MARGIN) * LATENT_FACTOR,) * 2
     found = {"latents": [], "scenes": [], "zoomed": []}
     for _ in range(CHUNK):
         scene = scenes.draw_scene(generator)

@@ -7,7 +7,6 @@ diffusers' names -> ldm's names, by the two layouts' tables:
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,14 +14,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from lib_hires.engines.components import BETAS
+
 from . import networks
 
 TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -120,8 +119,8 @@ def _yaml(unet, vae) -> dict:
         "model": {
             "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
             "params": {
-                "linear_start": 0.00085,
-                "linear_end": 0.012,
+                "linear_start": BETAS[0],
+                "linear_end": BETAS[1],
                 "num_timesteps_cond": 1,
                 "timesteps": 1000,
                 "first_stage_key": "jpg",
@@ -177,11 +176,3 @@ def _yaml(unet, vae) -> dict:
             },
         }
     }
-
-
-def clip_config(text_encoder) -> str:
-    """The config.json of the folder that a yaml's CLIP_FOLDER stands for."""
-    config = text_encoder.config.to_dict()
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_act",
-            "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "layer_norm_eps")  # fmt: skip
-    return json.dumps({"model_type": "clip_text_model"} | {key: config[key] for key in kept}, indent=2)

@@ -196,7 +196,7 @@ def loss_of(judge: Judge, examples: Examples) -> torch.Tensor:
 
 
 def accuracy(judge: Judge, count: int = 600, seed: int = 77) -> dict[str, float]:
-    """Shares of right answers over roughened renders that it has not seen; "parts": of right faces told right."""
+    """Shares of right answers over roughened renders that it has not seen, and of right and wrong faces told as such."""
     examples = Examples(seed)
     pictures, truths, _ = examples.batch(count)
     with torch.no_grad():
@@ -211,8 +211,8 @@ def accuracy(judge: Judge, count: int = 600, seed: int = 77) -> dict[str, float]
 
 
 def _faced(generator: np.random.Generator, features) -> np.ndarray:
-    scene = replace(scenes.draw_scene(generator, face=True), features=features, radius=0.37, x=0.5, y=0.5)
-    return scenes.render(scene, (192, 192))
+    scene = replace(scenes.draw_scene(generator, face=True), features=features, radius=generator.uniform(0.34, 0.4))
+    return _roughened(scenes.render(scene, (SIDE, SIDE)), generator)
 
 
 def _muddled(generator: np.random.Generator) -> tuple[tuple[str, float, float, float], ...]:

@@ -11,12 +11,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lib_hires.plan.models import LATENT_FACTOR
+
 NATIVE = 256  # pixels
-FACTOR = 8
-LATENTS = NATIVE // FACTOR
+LATENTS = NATIVE // LATENT_FACTOR
+CHANNELS = {"sd15": (64, 64, 128, 128)}
+"""Widths of each layout's UNet."""
 CONTEXT = 64
 HEAD = 32
-CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 LOUD = 4.0
 TOKENS = 77
 """Length of a text chunk."""
@@ -69,31 +71,11 @@ def text_encoder(vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def unet(layout: str) -> UNet2DConditionModel:
-    """`layout`: "sd15" (12 blocks a side, attention on the upper three levels) or "sdxl" (9 blocks, a size vector)."""
-    if layout == "sd15":
-        channels = (64, 64, 128, 128)
-        return UNet2DConditionModel(
-            block_out_channels=channels,
-            cross_attention_dim=CONTEXT,
-            attention_head_dim=tuple(width // HEAD for width in channels),
-            sample_size=LATENTS,
-        )
-    channels = (64, 128, 128)
+    """`layout`: "sd15": 12 blocks a side, attention on the upper three levels."""
+    channels = CHANNELS[layout]
     return UNet2DConditionModel(
         block_out_channels=channels,
-        down_block_types=(PLAIN, CROSS, CROSS),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=2 * CONTEXT,
+        cross_attention_dim=CONTEXT,
         attention_head_dim=tuple(width // HEAD for width in channels),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=CONTEXT + 6 * 256,
         sample_size=LATENTS,
     )
-
-
-def size_of(module: torch.nn.Module) -> float:
-    """Millions of parameters."""
-    return sum(value.numel() for value in module.parameters()) / 1e6

@@ -23,7 +23,7 @@ ANSWERS = {
     "look": (NOTHING, *scenes.TEXTURES[1:], *scenes.MOODS),
     "ground": (NOTHING, *scenes.COLOURS),
 }
-OPENINGS = ("", "", "", "a photo of ", "a picture of ", "photo, ", "masterpiece, best quality, ", "one ")
+OPENINGS = ("", "", "", "a photo of ", "a picture of ", "photo, ", "masterpiece, best quality, ")
 CLOSINGS = ("", "", "", ", sharp", ", high quality, detailed", ".", ", centered")
 
 

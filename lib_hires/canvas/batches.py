@@ -5,6 +5,7 @@ The order of the results, and of the sums made of them, never depends on the bat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import OUT_OF_MEMORY, free_bytes
+from ..memory import OUT_OF_MEMORY, free_bytes, peak_memory
 
 ON_CPU, MOST = 1, 16
 """Automatic tiles a call: a CPU gains nothing from more; the published codes use 16."""
@@ -70,13 +71,11 @@ class Batches:
         inputs = [piece for _, piece in batch]
         joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         measured = not self.limit and key not in self._found and joined.is_cuda
-        if measured:
-            before = torch.cuda.memory_allocated(joined.device)
-            torch.cuda.reset_peak_memory_stats(joined.device)
-        outputs = evaluate(joined, [tile for tile, _ in batch])
+        with peak_memory(joined.device) if measured else contextlib.nullcontext() as peak:
+            outputs = evaluate(joined, [tile for tile, _ in batch])
         self.evaluations += len(batch)
         if measured:
-            taken = max(1, torch.cuda.max_memory_allocated(joined.device) - before)
+            taken = max(1, peak.growth)
             self._found[key] = int(min(MOST, max(1, _SHARE * free_bytes(joined.device) // taken)))
         elif not self.limit and key not in self._found:
             self._found[key] = ON_CPU

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..plan.route import Size
 from ..plan.tiling import CanvasPlan
 from .canvas import DILATED, LOCAL, Tile, turned
-from .views import Cutter, View, split_grids
+from .views import Cutter, View, grid_of
 
 
 class Hint:
@@ -29,7 +29,9 @@ class Hint:
 
     def crop(self, tile: Tile, images: Iterable[int]) -> Tensor:
         """What belongs to a tile, one row for each image row: (len(images), C, f h, f w)."""
-        rows = torch.cat([self._row(tile, image) for image in images])
+        images = tuple(images)
+        found = {image: self._row(tile, image) for image in dict.fromkeys(images)}
+        rows = torch.cat([found[image] for image in images])
         return rearrange(rows, "n (c f g) h w -> n c (h f) (w g)", f=self.factor, g=self.factor)
 
     def _row(self, tile: Tile, image: int) -> Tensor:
@@ -39,5 +41,5 @@ class Hint:
         row = self._blocks[own]
         if tile.kind == DILATED:
             row = turned(row, [tile.turns[image]]) if tile.turns else row
-            return split_grids(row, self.plan.dilated.dilation, self.plan.published)[tile.index]
+            return grid_of(row, self.plan.dilated.dilation, tile.index, self.plan.published)
         return row

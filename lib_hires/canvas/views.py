@@ -184,6 +184,12 @@ def split_grids(canvas: Tensor, dilation: int, published: bool = False) -> Tenso
     return rearrange(canvas, "n c (h p) (w r) -> (p r) n c h w", p=dilation, r=dilation)
 
 
+def grid_of(canvas: Tensor, dilation: int, index: int, published: bool = False) -> Tensor:
+    """(N, C, h, w): one of `split_grids`."""
+    down, across = divmod(index, dilation)
+    return filled_up(canvas, dilation, published)[..., down::dilation, across::dilation]
+
+
 def join_grids(grids: Tensor, dilation: int, size: Size) -> Tensor:
     """(s*s, N, C, h, w) back to (N, C, H, W), what was added cut off."""
     canvas = rearrange(grids, "(p r) n c h w -> n c (h p) (w r)", p=dilation, r=dilation)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_hires.canvas.views import Cutter, gaussian, join_grids, split_grids, view_weights, views_of
+from lib_hires.canvas.views import Cutter, gaussian, grid_of, join_grids, split_grids, view_weights, views_of
 from lib_hires.plan.tiling import GAUSSIAN, MIRROR, UNIFORM, ZEROS, Local, starts
 from lib_hires.randomness import Stream
 
@@ -246,3 +246,11 @@ def test_the_continued_edge_is_not_darkened():
     inside = gaussian(x, 4, 2.0)
     assert (inside[..., :2, :].mean() - 1).abs() < 0.02
     assert gaussian(x, 4, 2.0, published=True)[..., :2, :].mean() < 0.99
+
+
+@pytest.mark.parametrize("published", (False, True))
+def test_one_grid_is_that_of_all_grids(published):
+    x = torch.randn(2, 3, 13, 17)
+    grids = split_grids(x, 3, published)
+    for index in range(9):
+        assert torch.equal(grid_of(x, 3, index, published), grids[index])

@@ -181,10 +181,15 @@ class Hints:
                 self._ready[number, name] = Hint(full, self.run.size, self.run.stage.canvas)
             found = self._ready[number, name].crop(tile, images)
             size = found.element_size() * found.nelement()
-            if self._kept + size <= _KEPT_BYTES:
+            if self._comes_again(tile) and self._kept + size <= _KEPT_BYTES:
                 self._crops[key] = found
                 self._kept += size
         return found
+
+    def _comes_again(self, tile: Tile) -> bool:
+        """Whether a tile lies at the same place at the next step too."""
+        local = self.run.stage.canvas.local
+        return tile.turns is None and (tile.kind != LOCAL or local.jitter == 0 or local.jitter_once)
 
 
 class Silent:
