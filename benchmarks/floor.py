@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .speed import CALLS, Setup, about, dtype_of, networks_for, timed, wait
 
@@ -86,7 +86,7 @@ def measure(setup: Setup, name: str, rate: float, rounds: int) -> dict:
         raise SystemExit(f"Hires Lab: '--variants' is '{name}', must be among: {', '.join(variants)}.")
     run = variants[name]
     run()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_attention_on_a_cpu()) as counter:
         run()
     flops = dict.fromkeys((*KINDS, "other"), 0.0)
     for operator, count in counter.get_flop_counts()["Global"].items():
@@ -109,6 +109,16 @@ def measure(setup: Setup, name: str, rate: float, rounds: int) -> dict:
         "distance": seconds * rate / total,
         "kinds": kinds,
     }
+
+
+def _attention_on_a_cpu() -> dict:
+    """Torch counts the attention kernels of GPUs only; the CPU's takes the same arithmetic."""
+    operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+    def count(query, key, value, *_args, out_shape=None, **_options) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return {operator: count} if operator is not None else {}
 
 
 def kind_of(operator: str) -> str:
