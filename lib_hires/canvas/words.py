@@ -28,12 +28,13 @@ _DIGITS = 4
 class Word:
     """A word as it is written in a prompt, with the punctuation behind it.
 
-    columns: the context's tokens whose maps say where the word is. weight: its emphasis.
+    columns: the context's tokens whose maps say where the word is. weight: its emphasis. chunk: the one it begins in.
     """
 
     text: str
     columns: tuple[int, ...]
     weight: float = 1.0
+    chunk: int = 0
 
 
 def chunk_columns(count: int) -> list[int]:
@@ -62,20 +63,24 @@ def words_of_tokens(
     weights = [1.0] * len(pieces) if weights is None else weights
     tokens = [each for each in zip(pieces, columns, weights, strict=True) if each[0] is not None]
     if per_token:
-        return [Word(_text([piece]), (column,), weight) for piece, column, weight in tokens]
+        return [_word([token]) for token in tokens]
     return _share_columns(_whole_words(tokens))
 
 
 def join(words: Iterable[Word], emphasis: bool = True) -> str:
-    """The prompt of these words: separated by spaces, `(two words:1.2)` where a weight is not 1.
+    """The prompt of these words: separated by spaces, `(two words:1.2)` where a weight is not 1, BREAK before each chunk but
+    the first, so that words stay in the chunk that they were in.
 
-    Parentheses, brackets and backslashes are escaped, as the WebUIs ask; with emphasis=False neither is done.
+    Parentheses, brackets and backslashes are escaped, as the WebUIs ask; with emphasis=False none of this is done.
     """
     words = list(words)
     if not emphasis:
         return " ".join(word.text for word in words)
-    groups = groupby(words, key=lambda word: round(word.weight, _DIGITS))
-    return " ".join(_emphasised(" ".join(_escaped(word.text) for word in group), weight) for weight, group in groups)
+    parts: list[str] = []
+    for (chunk, weight), group in groupby(words, key=lambda word: (word.chunk, round(word.weight, _DIGITS))):
+        parts += ["BREAK"] * (chunk - parts.count("BREAK"))
+        parts.append(_emphasised(" ".join(_escaped(word.text) for word in group), weight))
+    return " ".join(parts)
 
 
 # Words out of pieces --------------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def _whole_words(tokens: Iterable[tuple[str, int, float]]) -> list[tuple[str, Wo
     if leading:
         text = " ".join(each.text for each in leading)
         columns = tuple(column for each in leading for column in each.columns)
-        words.append((text, Word(text, columns, leading[0].weight)))
+        words.append((text, replace(leading[0], text=text, columns=columns)))
     return words
 
 
@@ -116,7 +121,9 @@ def _ended(tokens: Iterable[tuple[str, int, float]]) -> Iterator[Word]:
 
 
 def _word(pieces: Sequence[tuple[str, int, float]]) -> Word:
-    return Word(_text([piece for piece, _, _ in pieces]), tuple(column for _, column, _ in pieces), pieces[0][2])
+    _, first, weight = pieces[0]
+    columns = tuple(column for _, column, _ in pieces)
+    return Word(_text([piece for piece, _, _ in pieces]), columns, weight, first // CHUNK_COLUMNS)
 
 
 def _share_columns(words: Sequence[tuple[str, Word]]) -> list[Word]:

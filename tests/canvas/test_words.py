@@ -1,6 +1,7 @@
 """Words of a prompt: CLIP's own tokenizer takes the prompt apart, and what is put together again says the same."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -128,6 +129,14 @@ def test_longer_prompts_have_their_columns_in_the_chunks():
     assert chunk_columns(77) == [*range(1, 76), 78, 79]
     assert words[0].columns == tuple(77 * (i // 75) + 1 + i % 75 for i in range(0, 100, 2))
     assert max(words[1].columns) == 77 + 1 + 24
+
+
+def test_words_stay_in_their_chunks():
+    words = words_of(" ".join(["sun moon"] * 50))
+    assert join(words) == " ".join(["sun moon"] * 37 + ["sun BREAK moon"] + ["sun moon"] * 12)
+    assert join(words[80:82]) == "BREAK sun moon"
+    assert join([replace(words[0], chunk=2), replace(words[1], chunk=3, weight=1.2)]) == "BREAK BREAK sun BREAK (moon:1.2)"
+    assert join(words[80:82], emphasis=False) == "sun moon"
 
 
 def test_a_word_that_the_end_of_a_chunk_cuts_is_one_word():
