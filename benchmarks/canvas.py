@@ -19,6 +19,7 @@ import torch
 
 from lib_hires.canvas.method import CanvasMethod, StagedMethod
 from lib_hires.cli import JOB_DEFAULTS
+from lib_hires.config.errors import SettingError
 from lib_hires.engines.runner import Runner
 from lib_hires.memory import peak_memory
 from lib_hires.methods import methods
@@ -96,13 +97,17 @@ def measure(job: dict, scale: float, rounds: int) -> list[dict]:
 
 
 def published_evaluations(components, job: dict, settings: dict, side: int) -> int | None:
-    """What the published code takes at its own settings; None for methods that do not change the number."""
+    """What the published code takes at its own settings; None for methods that do not change the number, and for sizes
+    that the published code does not reach."""
     cls = methods().get(settings["method"])
     if cls is None or not issubclass(cls, CanvasMethod):
         return None
     own = {"method": settings["method"]}
     own |= {"published": True, "stage_strength": 1.0} if issubclass(cls, StagedMethod) else {}
-    return Prepared.of(components, job, own, side, side).evaluations()
+    try:
+        return Prepared.of(components, job, own, side, side).evaluations()
+    except SettingError:
+        return None
 
 
 def table(rows: Sequence[dict]) -> str:

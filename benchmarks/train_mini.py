@@ -41,7 +41,7 @@ class Budget:
 
 
 BUDGETS = {
-    "cpu": Budget(crops=2600, pictures=1400, half=(3000, 16, 4000), native=(1200, 12, 3000)),
+    "cpu": Budget(crops=2600, pictures=1400, half=(3000, 16, 4000), native=(2400, 12, 3000)),
     "cuda": Budget(crops=20000, pictures=10000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
 }
 

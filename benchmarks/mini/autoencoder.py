@@ -59,7 +59,7 @@ def zoom(generator: np.random.Generator, share: float) -> tuple[float, float, fl
 
 def to_tensor(picture: np.ndarray) -> torch.Tensor:
     """(3, H, W) in [-1, 1] of (H, W, 3) bytes."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def loss_of(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import floor, growth, speed
+from benchmarks import canvas, floor, growth, speed
 from benchmarks.networks import REDUCED
 
 CPU = torch.device("cpu")
@@ -87,3 +87,11 @@ def test_growth_measures_and_tells_each_size(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "| plain | 256x256 |" in told and "too few sizes" in told
     assert (tmp_path / "g.json").exists()
+
+
+@pytest.mark.parametrize(("side", "wanted"), [(512, 280), (384, None)])
+def test_the_published_demofusion_takes_fourteen_evaluations_a_step_and_reaches_whole_scales_only(side, wanted):
+    job = {**canvas.JOB_DEFAULTS, "prompt": "a red star", "steps": 20, "cfg": 4.0}
+    components = canvas.Runner(quiet=True).load(job)
+    assert canvas.published_evaluations(components, job, {"method": "demofusion"}, side) == wanted
+    assert canvas.published_evaluations(components, job, {"method": "hidiffusion"}, side) is None
