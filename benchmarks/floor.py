@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lib_hires.engines.runner import DTYPES
 
 from .speed import CALLS, Setup, about, dtype_of, networks_for, timed, wait
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench; returns an exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "fp16", "bf16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
     parser.add_argument("--layouts", nargs="+", default=["sd15", "sdxl"], choices=("sd15", "sdxl"))
     parser.add_argument("--variants", nargs="+", default=["plain", "ours: HiDiffusion"])
@@ -67,15 +68,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     """FLOPs a second of the best of some large square matrix products."""
     side = SIDE if device.type == "cuda" else SIDE // 4
     first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds + 1):
-        wait(device)
-        started = time.perf_counter()
+
+    def products() -> None:
         for _ in range(8):
             first @ second
-        wait(device)
-        best = min(best, (time.perf_counter() - started) / 8)
-    return 2 * side**3 / best
+
+    best = min(timed(products, device) for _ in range(rounds + 1))
+    return 8 * 2 * side**3 / best
 
 
 @torch.no_grad()

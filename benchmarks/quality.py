@@ -34,7 +34,7 @@ from lib_hires.engines.runner import Runner
 from . import measures
 from .contact_sheet import contact_sheet, save_sheet
 from .demo import size_of
-from .mini import judge, scenes
+from .mini import judge, scenes, words
 from .mini.autoencoder import to_tensor
 from .prepared import Prepared, native_of
 from .speed import about
@@ -178,9 +178,7 @@ class Bench:
     def _measured(self, picture: np.ndarray, scene: scenes.Scene, scale: float, native: np.ndarray | None) -> dict:
         masks = find_subjects(picture)
         seen = judge.verdicts(self.judge, [judge.crop_around(picture, masks[0])]) if masks else []
-        asked = {"kind": scene.kind, "colour": scene.colour, "look": scene.look, "ground": scene.ground}
-        asked["look"] = judge.words.told(scene)["look"]
-        right = {name: bool(seen and getattr(seen[0], name) == value) for name, value in asked.items()}
+        right = {name: bool(seen and getattr(seen[0], name) == value) for name, value in words.told(scene).items()}
         face = bool(seen and right["kind"] and seen[0].face_is_right) if scene.is_face else None
         return {
             "subjects": len(masks),
@@ -205,8 +203,8 @@ class Bench:
 
     def _path(self, key: str) -> Path:
         """The picture of a row: its cell in words, and a digest of everything it depends on."""
-        words = "".join(letter if letter.isalnum() else "-" for letter in key.split(" | ")[1].lower())
-        return self.out / "pictures" / f"{words}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.png"
+        cell = "".join(letter if letter.isalnum() else "-" for letter in key.split(" | ")[1].lower())
+        return self.out / "pictures" / f"{cell}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.png"
 
     def _keep(self, row: dict) -> None:
         self.rows[row["key"]] = row

@@ -30,6 +30,7 @@ from einops import rearrange
 
 import lib_hires
 from lib_hires import DeepShrink, HiDiffusion
+from lib_hires.engines.runner import DTYPES
 from lib_hires.memory import peak_memory
 from lib_hires.plan.method import Method
 
@@ -278,9 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = ", ".join(f"{layout} {seconds * 1e3:.1f} ms" for layout, seconds in changes.items())
     print(f"\nInstalling HiDiffusion and restoring the network: {told}")
     return 0
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

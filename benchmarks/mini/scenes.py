@@ -28,7 +28,9 @@ TEXTURES = ("plain", "striped", "dotted")
 MOODS = ("happy", "sad")
 FACE = "face"
 LINE = 0.011
-"""Half the width of an outline, a share of the short side."""
+"""Width of an outline, a share of the short side."""
+HOLE = 0.52
+"""Radius of a ring's hole, a share of the ring's."""
 EYE, NOSE, MOUTH = "eye", "nose", "mouth"
 FEATURES = ((EYE, -0.36, -0.22, 1.0), (EYE, 0.36, -0.22, 1.0), (NOSE, 0.0, 0.12, 1.0), (MOUTH, 0.0, 0.5, 1.0))
 """A face's parts: what, where (shares of the head's radius from its centre, y down), and how large."""
@@ -159,13 +161,10 @@ class _Painter:
         )
         colour = np.array(COLOURS[scene.colour], np.float32)
         dark = 0.4 * colour + 0.1 * np.array([255, 255, 255]) * (scene.colour == "black")
-        inside = self._filled(outline(scene))
         line = self._stroked(outline(scene))
-        hole = self._filled(_turned(scene, _ellipse(0.52))) if scene.kind == "ring" else None
-        if hole is not None:
-            line = np.maximum(line, self._stroked(_turned(scene, _ellipse(0.52))))
-            inside = inside * (1 - hole)
-        canvas = _over(canvas, light * self._coat(colour), inside)
+        if scene.kind == "ring":
+            line = np.maximum(line, self._stroked(_turned(scene, _ellipse(HOLE))))
+        canvas = _over(canvas, light * self._coat(colour), self._inside())
         canvas = _over(canvas, light * dark, line)
         if scene.is_face:
             canvas = self._features(canvas, dark)
@@ -173,10 +172,14 @@ class _Painter:
         return cv2.resize(canvas, self.size, interpolation=cv2.INTER_AREA)
 
     def mask(self) -> np.ndarray:
+        return cv2.resize(self._inside()[..., 0], self.size, interpolation=cv2.INTER_AREA)
+
+    def _inside(self) -> np.ndarray:
+        """(H, W, 1) coverage of the subject, its hole left out."""
         inside = self._filled(outline(self.scene))
         if self.scene.kind == "ring":
-            inside = inside * (1 - self._filled(_turned(self.scene, _ellipse(0.52))))
-        return cv2.resize(inside[..., 0], self.size, interpolation=cv2.INTER_AREA)
+            inside = inside * (1 - self._filled(_turned(self.scene, _ellipse(HOLE))))
+        return inside
 
     def _coat(self, colour: np.ndarray) -> np.ndarray:
         """The subject's surface: its colour, with darker stripes or dots."""

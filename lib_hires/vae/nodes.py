@@ -69,7 +69,7 @@ class Node:
 
     def compute(self, box: Box, values: list[Tensor]) -> Tensor:
         """The box's values from those of `reads(box)`. `values` may be emptied to free them early."""
-        raise NotImplementedError
+        raise NotImplementedError  # this class stands for maps that are there: nothing is ever worked out for them
 
     def whole(self) -> Tensor:
         """The map as one tensor on the decode's device; not to be written to."""
