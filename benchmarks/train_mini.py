@@ -1,6 +1,6 @@
-"""`python -m benchmarks.train_mini`: the bundled small model, from nothing but this project's own drawn scenes.
+"""`python -m benchmarks.train_mini`: the bundled small models, from nothing but this project's own drawn scenes.
 
-    scenes -> autoencoder -> text encoder -> latents -> UNet at half the native size -> UNet at the native size -> one file
+    scenes -> autoencoder -> text encoders -> latents -> UNet at half the native size -> UNet at the native size -> one file
 
 Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU the whole takes about three
 hours with four cores; `--device cuda` trains longer on more data in minutes.
@@ -19,30 +19,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib_hires.engines.components import tokenizers
+from lib_hires.engines.sidecar import SMALL_FOLDER
 
-from .mini import autoencoder, denoiser, export, judge, networks, scenes, words
+from .mini import autoencoder, denoiser, export, judge, networks, scenes, vocabulary, words
 from .mini.training import Training
 
 DESCRIPTION = "One subject on a plain ground: drawn scenes, for tests and measurements"
-TEXT_STEPS = 700
+BESIDE = "scenes-sd15.safetensors"
+"""The file whose autoencoder the SDXL-layout model uses: it has none of its own."""
 UNFINISHED = "The time is over; the same command goes on from here."
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each part is trained; `crops`, `pictures`: steps of the autoencoder; `half`, `native`: (steps, batch, scenes) of the UNet."""
+    """How long each part is trained, in steps: of the autoencoder on `crops` and `pictures`, of the `text` encoders;
+    `half`, `native`: (steps, batch, scenes) of the UNet.
+    """
 
     crops: int
     pictures: int
+    text: int
     half: tuple[int, int, int]
     native: tuple[int, int, int]
     rate: float = 8e-4
 
 
 BUDGETS = {
-    "cpu": Budget(crops=2600, pictures=1400, half=(3000, 16, 4000), native=(2400, 12, 3000)),
-    "cuda": Budget(crops=20000, pictures=10000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
+    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(7500, 16, 6000), native=(3600, 12, 4000)),
+    "cuda": Budget(crops=20000, pictures=10000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
 }
 
 
@@ -53,23 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.judge:
         return _train_judge(options)
+    if options.vocabulary:
+        vocabulary.save(SMALL_FOLDER, words.all_words())
+        print(f"{SMALL_FOLDER} is written: {vocabulary.size()} tokens")
+        return 0
     course = Course(options.layout, options.work, torch.device(options.device), options.minutes)
     course.parts()
     if not course.finished and not options.anyway:
         print(UNFINISHED)
         return 1
-    export.save(options.out, course.unet, course.vae, course.text_encoder, DESCRIPTION)
-    print(f"{options.out} and its yaml are written: {course.summary()}")
+    out = options.out or options.work / f"scenes-{options.layout}.safetensors"
+    lender = BESIDE if course.layout.family == "sdxl" else ""
+    encoders = course.towers.text_encoders
+    export.save(out, course.layout, course.unet, course.vae, encoders, f"{DESCRIPTION}: {course.summary()}", lender)
+    print(f"{out} and its yaml are written: {course.summary()}")
+    if lender:
+        print(f"It is drawn with the autoencoder of {lender}, which must lie beside it.")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_mini", description=__doc__.split("\n")[0])
-    parser.add_argument("--layout", choices=list(networks.CHANNELS), default="sd15", help="whose blocks the UNet has")
+    parser.add_argument("--layout", choices=list(networks.LAYOUTS), default="sd15", help="whose blocks the UNet has")
     parser.add_argument("--judge", action="store_true", help="train the quality bench's judge instead, on the CPU")
+    parser.add_argument("--vocabulary", action="store_true", help="write the small models' vocabulary instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="where states and latents are kept")
-    parser.add_argument("--out", type=Path, default=Path("out/train/scenes-sd15.safetensors"))
+    parser.add_argument("--out", type=Path, help="the file to write (default: in --work, named after the layout)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long and keep the state")
     parser.add_argument("--anyway", action="store_true", help="write the file though training is not finished")
     parser.add_argument("--threads", type=int, help="threads of the CPU to use")
@@ -77,13 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Course:
-    """All parts in their order, each from its kept state."""
+    """All parts in their order, each from its kept state; the autoencoder and the latents serve every layout."""
 
     def __init__(self, layout: str, work: Path, device: torch.device, minutes: float):
-        self.layout, self.work, self.device = layout, work / device.type, device
+        self.name, self.layout = layout, networks.LAYOUTS[layout]
+        self.work, self.device = work / device.type, device
         self.budget = BUDGETS[device.type]
         self.end = time.monotonic() + 60 * minutes
-        self.tokenizer = tokenizers("sd1")[0]
         self.finished = False
         self.notes: list[str] = []
 
@@ -91,7 +105,7 @@ class Course:
         """Train each part as far as time allows."""
         torch.manual_seed(0)
         self.vae, vae_done = self._autoencoder()
-        self.text_encoder, text_done = self._text_encoder()
+        self.towers, text_done = self._text_encoders()
         self.unet, self.finished = networks.unet(self.layout), False
         if vae_done and text_done:
             self.finished = self._unet()
@@ -127,24 +141,23 @@ class Course:
         )
         return vae, training.finished
 
-    def _text_encoder(self):
-        encoder = networks.text_encoder(len(self.tokenizer), self.tokenizer.eos_token_id)
-        probed = words.Probed(encoder)
-        training = Training(probed, self.work / "text.pt", TEXT_STEPS, rate=2e-3, average=0.99)
+    def _text_encoders(self):
+        probed = words.Probed(words.Towers(self.layout))
+        training = Training(probed, self.work / f"text-{self.name}.pt", self.budget.text, rate=2e-3, average=0.99)
         generator = np.random.default_rng([5, training.done])
-        training.run(lambda _step: words.loss_of(probed, self.tokenizer, generator), self._left())
-        right = words.accuracy(training.mean, self.tokenizer, np.random.default_rng(1))
-        self.notes.append(f"text encoder {training.done} steps, probes right {min(right.values()):.3f}")
-        return training.mean.encoder, training.finished
+        training.run(lambda _step: words.loss_of(probed, generator), self._left())
+        right = words.accuracy(training.mean, np.random.default_rng(1))
+        self.notes.append(f"text {training.done} steps, probes right {right:.3f}")
+        return training.mean.towers, training.finished
 
     def _unet(self) -> bool:
-        contexts = denoiser.Contexts(self.text_encoder, self.tokenizer)
+        contexts = denoiser.Contexts(self.towers)
         unet = networks.unet(self.layout).to(self.device, memory_format=torch.channels_last)
         half, native = self.budget.half, self.budget.native
         self.unet = unet
         for name, side, (steps, batch, count), rate in (
-            ("unet-half", networks.LATENTS // 2, half, self.budget.rate),
-            ("unet", networks.LATENTS, native, self.budget.rate / 2),
+            (f"unet-{self.name}-half", networks.LATENTS // 2, half, self.budget.rate),
+            (f"unet-{self.name}", networks.LATENTS, native, self.budget.rate / 2),
         ):
             training = Training(unet, self.work / f"{name}.pt", steps, rate=rate, warm=200, average=0.998)
             if not training.finished and self._left() > 0:

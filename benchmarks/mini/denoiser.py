@@ -13,7 +13,7 @@ what to leave alone when it sees a view of a larger picture, but from pure noise
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from lib_hires.engines.components import BETAS
+from lib_hires.engines.prompts import Conditioning, encode
 from lib_hires.plan.models import LATENT_FACTOR
 
 from . import autoencoder, scenes, words
@@ -40,21 +41,37 @@ ground's colour there instead of from the prompt, and from true noise, which hol
 CHUNK = 250
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a canvas of a pool shows: a scene, or a part of one. `box`: (left, top, right, bottom) of it in scenes' sides."""
+
+    scene: scenes.Scene
+    zoomed: bool
+    box: tuple[float, float, float, float]
+
+    def sizes(self, side: int, y: int, x: int) -> list[float]:
+        """SDXL's six numbers for a picture of `side` latents that is cut out at (y, x) latents, in pixels.
+
+        A part of a scene is a cut out of a larger picture; that a whole scene does not lie in the middle is left untold.
+        """
+        target = float(side * LATENT_FACTOR)
+        if not self.zoomed:
+            return [target, target, 0, 0, target, target]
+        across = (side + MARGIN) * LATENT_FACTOR / (self.box[2] - self.box[0])
+        top, left = (start * across + cut * LATENT_FACTOR for start, cut in ((self.box[1], y), (self.box[0], x)))
+        return [across, across, top, left, target, target]
+
+
 @dataclass
 class Pool:
-    """Latents (N, 4, S, S) in half precision, what is on them, and which are parts of scenes.
-
-    `side`: of the pictures to cut from them, in latents.
-    """
+    """Latents (N, 4, S, S) in half precision and what is on them. `side`: of the pictures to cut from them, in latents."""
 
     latents: torch.Tensor
-    told: list[scenes.Scene]
-    zoomed: torch.Tensor
+    sights: list[Sight]
     side: int
 
-    def cut(self, index: int, generator: np.random.Generator) -> torch.Tensor:
+    def cut(self, index: int, y: int, x: int) -> torch.Tensor:
         """(4, side, side): a picture out of a canvas."""
-        y, x = generator.integers(0, self.latents.shape[-1] - self.side + 1, 2)
         return self.latents[index, :, y : y + self.side, x : x + self.side].float()
 
 
@@ -62,42 +79,39 @@ def make_pool(
     vae: AutoencoderKL, folder: Path, side: int, count: int, log: Callable[[str], None] = print, share: float = ZOOMED
 ) -> Pool:
     """Encode `count` scenes at `side` latents, in chunks that are kept in `folder`: a later start goes on."""
-    chunks = []
+    latents, sights = [], []
     for number in range(-(-count // CHUNK)):
         path = folder / f"latents-{side}-{number:03d}.pt"
+        seen = _sights(side, number, share)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(_chunk(vae, side, number, share), path.with_suffix(".part"))
+            torch.save({"latents": _encode(vae, seen, side)}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
             log(f"latents of {(number + 1) * CHUNK} of {count} scenes at {side}x{side}")
-        chunks.append(torch.load(path, weights_only=True))
-    return Pool(
-        latents=torch.cat([chunk["latents"] for chunk in chunks]),
-        told=[scenes.Scene(**fields) for chunk in chunks for fields in chunk["scenes"]],
-        zoomed=torch.cat([chunk["zoomed"] for chunk in chunks]),
-        side=side,
-    )
+        latents.append(torch.load(path, weights_only=True)["latents"])
+        sights += seen
+    return Pool(torch.cat(latents), sights, side)
+
+
+def _sights(side: int, number: int, share: float) -> list[Sight]:
+    """What a chunk shows; always the same for the same chunk."""
+    generator = np.random.default_rng([7, side, number])
+    seen = []
+    for _ in range(CHUNK):
+        scene, zoomed = scenes.draw_scene(generator), bool(generator.random() < share)
+        seen.append(Sight(scene, zoomed, autoencoder.zoom(generator, 1.0) if zoomed else _whole(side)))
+    return seen
 
 
 @torch.no_grad()
-def _chunk(vae: AutoencoderKL, side: int, number: int, share: float) -> dict:
-    generator = np.random.default_rng([7, side, number])
+def _encode(vae: AutoencoderKL, seen: list[Sight], side: int) -> torch.Tensor:
     size = ((side + MARGIN) * LATENT_FACTOR,) * 2
-    found = {"latents": [], "scenes": [], "zoomed": []}
-    for _ in range(CHUNK):
-        scene = scenes.draw_scene(generator)
-        zoomed = generator.random() < share
-        box = autoencoder.zoom(generator, 1.0) if zoomed else _whole(side)
-        picture = autoencoder.to_tensor(scenes.render(scene, size, box))[None]
+    found = []
+    for sight in seen:
+        picture = autoencoder.to_tensor(scenes.render(sight.scene, size, sight.box))[None]
         picture = picture.to(vae.device, memory_format=torch.channels_last)
-        found["latents"].append(vae.encode(picture).latent_dist.mean.half().cpu())
-        found["scenes"].append(vars(scene))
-        found["zoomed"].append(bool(zoomed))
-    return {
-        "latents": torch.cat(found["latents"]).contiguous(),
-        "scenes": found["scenes"],
-        "zoomed": torch.tensor(found["zoomed"]),
-    }
+        found.append(vae.encode(picture).latent_dist.mean.half().cpu())
+    return torch.cat(found).contiguous()
 
 
 def _whole(side: int) -> tuple[float, float, float, float]:
@@ -109,17 +123,18 @@ def _whole(side: int) -> tuple[float, float, float, float]:
 class Contexts:
     """Text conditioning by sentence, each encoded once."""
 
-    def __init__(self, encoder, tokenizer):
-        self.encoder, self.tokenizer, self.known = encoder, tokenizer, {}
+    def __init__(self, towers: words.Towers):
+        self.towers, self.known = towers, {}
 
-    @torch.no_grad()
-    def of(self, texts: list[str]) -> torch.Tensor:
-        """(N, 77, 64)."""
+    def of(self, texts: list[str]) -> Conditioning:
+        """Of N sentences, as a job encodes them; an empty one is what a negative prompt is."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self.known]
         if fresh:
-            hidden = self.encoder(words.ids_of(self.tokenizer, fresh)).last_hidden_state
-            self.known.update(zip(fresh, hidden.half()))
-        return torch.stack([self.known[text] for text in texts]).float()
+            encoded = encode(self.towers, fresh, zero_empty=[True] * len(fresh))
+            self.known.update((text, encoded[row : row + 1]) for row, text in enumerate(fresh))
+        found = [self.known[text] for text in texts]
+        pooled = None if found[0].pooled is None else torch.cat([one.pooled for one in found])
+        return Conditioning(torch.cat([one.context for one in found]), pooled)
 
 
 class Lessons:
@@ -136,19 +151,28 @@ class Lessons:
     def loss_of(self, unet: UNet2DConditionModel, step: int) -> torch.Tensor:
         """The weighted loss of a batch; the same for the same step."""
         generator = np.random.default_rng([11, self.seed, step])
-        chosen = generator.integers(0, len(self.pool.told), self.batch)
-        clean = torch.stack([self.pool.cut(index, generator) for index in chosen])
-        texts = [self._text(self.pool.told[index], generator) for index in chosen]
-        highest = np.where(self.pool.zoomed[chosen].numpy(), BELOW, 1000)
+        chosen = generator.integers(0, len(self.pool.sights), self.batch)
+        cuts = generator.integers(0, MARGIN + 1, (self.batch, 2))
+        clean = torch.stack([self.pool.cut(index, *cut) for index, cut in zip(chosen, cuts)])
+        seen = [self.pool.sights[index] for index in chosen]
+        told = self.contexts.of([self._text(sight.scene, generator) for sight in seen])
+        told = replace(told, time_ids=torch.tensor([s.sizes(self.pool.side, *cut) for s, cut in zip(seen, cuts)]))
+        highest = np.where([sight.zoomed for sight in seen], BELOW, 1000)
         times = torch.from_numpy((generator.random(self.batch) * highest).astype(np.int64))
         noise = generator.standard_normal(clean.shape, np.float32)
         noise = torch.from_numpy(noise + OFFSET * generator.standard_normal((*clean.shape[:2], 1, 1), np.float32))
         kept = self.kept[times][:, None, None, None]
         noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         noisy = noisy.to(unet.device, memory_format=torch.channels_last)
-        context = self.contexts.of(texts).to(unet.device)
-        told = unet(noisy, times.to(unet.device), encoder_hidden_states=context, return_dict=False)[0]
-        errors = (told - noise.to(unet.device)).square().mean(dim=(1, 2, 3))
+        told = told.to(unet.device)
+        guess = unet(
+            noisy,
+            times.to(unet.device),
+            encoder_hidden_states=told.context,
+            added_cond_kwargs=told.added,
+            return_dict=False,
+        )[0]
+        errors = (guess - noise.to(unet.device)).square().mean(dim=(1, 2, 3))
         return (self.weights[times].to(unet.device) * errors).mean()
 
     @staticmethod

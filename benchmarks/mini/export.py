@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from lib_hires.engines import structure
+from lib_hires.engines.checkpoint import AUTOENCODER_OF
 from lib_hires.engines.components import BETAS
 
 from . import networks
@@ -22,6 +24,8 @@ TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -51,24 +55,48 @@ VAE = {
 }
 
 
-def save(path: Path, unet, vae, text_encoder, description: str) -> None:
-    """Write `path` (.safetensors, half precision) and its yaml. The layout is SD1.5's."""
-    tensors = {f"model.diffusion_model.{name}": value for name, value in unet_tensors(unet).items()}
-    tensors |= {f"first_stage_model.{name}": value for name, value in vae_tensors(vae).items()}
-    prefix = "cond_stage_model.transformer."
+OPEN_CLIP = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "self_attn.out_proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+}
+ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+def save(path: Path, layout: networks.Layout, unet, vae, text_encoders, description: str, lender: str = "") -> None:
+    """Write `path` (.safetensors, half precision) and its yaml.
+
+    `lender`: name of a file beside it that has the same autoencoder, which is then left out of this one.
+    """
+    tensors = {structure.UNET + name: value for name, value in unet_tensors(unet).items()}
+    if not lender:
+        tensors |= {structure.VAE + name: value for name, value in vae_tensors(vae).items()}
+    prefix = structure.SDXL_CLIP if layout.family == "sdxl" else structure.HF_CLIP
     tensors |= {
-        prefix + name: value for name, value in text_encoder.state_dict().items() if not name.endswith("position_ids")
+        prefix + name: value
+        for name, value in text_encoders[0].state_dict().items()
+        if not name.endswith("position_ids")
     }
+    for tower in text_encoders[1:]:
+        tensors |= {structure.SDXL_OPEN_CLIP + name: value for name, value in open_clip_tensors(tower).items()}
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": ARCHITECTURES[layout.family],
         "modelspec.title": path.stem,
         "modelspec.description": description,
         "modelspec.resolution": f"{networks.NATIVE}x{networks.NATIVE}",
+        **({AUTOENCODER_OF: lender} if lender else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().half().contiguous() for name, value in tensors.items()}, path, metadata)
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(_yaml(unet, vae), sort_keys=False), encoding="utf-8")
+    described = _sgm_yaml(layout) if layout.family == "sdxl" else _ldm_yaml(layout, vae)
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
 
 
 def unet_tensors(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -113,8 +141,69 @@ def vae_tensors(vae: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
-def _yaml(unet, vae) -> dict:
-    channels, widths = unet.config["block_out_channels"], vae.config["block_out_channels"]
+def open_clip_tensors(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A text tower's weights under open_clip's names (without prefix): query, key and value are one matrix there."""
+    named, weights = {}, tower.state_dict()
+    for name, value in weights.items():
+        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
+            continue
+        new = name
+        if ".q_proj." in name:
+            value = torch.cat([weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            new = name.replace("self_attn.q_proj.", "attn.in_proj_")
+        for theirs, ours in OPEN_CLIP.items():
+            new = new.replace(theirs, ours)
+        named[new] = value
+    named["text_projection"] = named.pop("text_projection.weight").T
+    return named
+
+
+def _unet_params(layout: networks.Layout) -> dict:
+    channels = layout.channels
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": channels[0],
+        "attention_resolutions": [2**level for level, on in enumerate(layout.attended) if on][::-1],
+        "num_res_blocks": 2,
+        "channel_mult": [width / channels[0] if width % channels[0] else width // channels[0] for width in channels],
+        "num_head_channels": networks.HEAD,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": layout.context,
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+
+
+def _sgm_yaml(layout: networks.Layout) -> dict:
+    """What shapes do not tell. Hosts build SDXL's text encoders at their full size only: none of them can load this file."""
+    unet = _unet_params(layout) | {
+        "num_classes": "sequential",
+        "adm_in_channels": layout.towers[-1] + structure.TIME_IDS * layout.vector,
+        "use_linear_in_transformer": True,
+    }
+    scaling = {"target": "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"}
+    return {
+        "model": {
+            "target": "sgm.models.diffusion.DiffusionEngine",
+            "params": {
+                "scale_factor": 1.0,
+                "denoiser_config": {
+                    "target": "sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser",
+                    "params": {"num_idx": 1000, "scaling_config": scaling},
+                },
+                "network_config": {
+                    "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel",
+                    "params": unet,
+                },
+            },
+        }
+    }
+
+
+def _ldm_yaml(layout: networks.Layout, vae) -> dict:
+    widths = vae.config["block_out_channels"]
     return {
         "model": {
             "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -133,22 +222,7 @@ def _yaml(unet, vae) -> dict:
                 "use_ema": False,
                 "unet_config": {
                     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                    "params": {
-                        "image_size": networks.LATENTS,
-                        "in_channels": 4,
-                        "out_channels": 4,
-                        "model_channels": channels[0],
-                        "attention_resolutions": [4, 2, 1],
-                        "num_res_blocks": 2,
-                        "channel_mult": [width // channels[0] for width in channels],
-                        "num_heads": -1,
-                        "num_head_channels": networks.HEAD,
-                        "use_spatial_transformer": True,
-                        "transformer_depth": 1,
-                        "context_dim": networks.CONTEXT,
-                        "use_checkpoint": False,
-                        "legacy": False,
-                    },
+                    "params": {"image_size": networks.LATENTS, "num_heads": -1, **_unet_params(layout)},
                 },
                 "first_stage_config": {
                     "target": "ldm.models.autoencoder.AutoencoderKL",

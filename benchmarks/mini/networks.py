@@ -6,22 +6,51 @@ away, and with it the picture's overall colour.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lib_hires.engines.structure import TIME_IDS
 from lib_hires.plan.models import LATENT_FACTOR
 
 NATIVE = 256  # pixels
 LATENTS = NATIVE // LATENT_FACTOR
-CHANNELS = {"sd15": (64, 64, 128, 128)}
-"""Widths of each layout's UNet."""
-CONTEXT = 64
 HEAD = 32
 LOUD = 4.0
 TOKENS = 77
 """Length of a text chunk."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What sets a family's UNet and text encoders apart.
+
+    `family`: the loader's word for it; `channels`: of each level; `attended`: levels with attention; `towers`: widths of the
+    text encoders, joined they are the context; `layers`: of each text encoder; `linear`: whether attention's projections are
+    linear layers; `vector`: width of each embedded number of SDXL's size conditioning.
+    """
+
+    family: str
+    channels: tuple[int, ...]
+    attended: tuple[bool, ...]
+    towers: tuple[int, ...]
+    layers: int
+    linear: bool = False
+    vector: int = 0
+
+    @property
+    def context(self) -> int:
+        """Width of a token's embedding."""
+        return sum(self.towers)
+
+
+LAYOUTS = {
+    "sd15": Layout("sd1", (64, 64, 128, 128), (True, True, True, False), towers=(64,), layers=2),
+    "sdxl": Layout("sdxl", (64, 64, 96), (False, True, True), towers=(32, 32), layers=3, linear=True, vector=16),
+}
 
 
 def autoencoder() -> AutoencoderKL:
@@ -52,30 +81,43 @@ def autoencoder() -> AutoencoderKL:
     return vae
 
 
-def text_encoder(vocabulary: int, end: int) -> CLIPTextModel:
-    """CLIP's text tower, two layers of 64; `vocabulary`: its tokens, `end`: the end token."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=CONTEXT,
-            intermediate_size=2 * CONTEXT,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
+def text_encoders(layout: Layout, vocabulary: int) -> list[CLIPTextModel]:
+    """CLIP's tower; for SDXL another of open_clip's form, whose pooled text goes into the vector. The last token is the end."""
+    kinds = (CLIPTextModel, "quick_gelu"), (CLIPTextModelWithProjection, "gelu")
+    return [
+        kind(
+            CLIPTextConfig(
+                vocab_size=vocabulary,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=layout.layers,
+                num_attention_heads=4 if layout.family == "sd1" else 1,
+                max_position_embeddings=TOKENS,
+                hidden_act=activation,
+                bos_token_id=vocabulary - 2,
+                eos_token_id=vocabulary - 1,
+                pad_token_id=vocabulary - 1,
+                projection_dim=width,
+            )
         )
-    )
+        for width, (kind, activation) in zip(layout.towers, kinds)
+    ]
 
 
-def unet(layout: str) -> UNet2DConditionModel:
-    """`layout`: "sd15": 12 blocks a side, attention on the upper three levels."""
-    channels = CHANNELS[layout]
+def unet(layout: Layout) -> UNet2DConditionModel:
+    """`layout`'s blocks; SDXL's takes the pooled text and six numbers of sizes besides."""
+    vector = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": layout.vector,
+        "projection_class_embeddings_input_dim": layout.towers[-1] + TIME_IDS * layout.vector,
+    }
     return UNet2DConditionModel(
-        block_out_channels=channels,
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=tuple(width // HEAD for width in channels),
+        block_out_channels=layout.channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in layout.attended),
+        up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(layout.attended)),
+        cross_attention_dim=layout.context,
+        use_linear_projection=layout.linear,
+        attention_head_dim=tuple(width // HEAD for width in layout.channels),
         sample_size=LATENTS,
+        **(vector if layout.vector else {}),
     )

@@ -1,19 +1,23 @@
-"""Training the text encoder: from the end token on, every position must tell the whole scene.
+"""Training the text encoders: from the end token on, every position must tell the whole scene.
 
-CLIP's tower reads from left to right, so the end token and the padding behind it have seen the sentence. A linear probe
-reads kind, colour, look and ground from each of them; what a sentence leaves out must be read as left out. The probes
-are thrown away, the encoder stays as it is while the UNet learns.
+CLIP's tower reads from left to right, so the end token and the padding behind it have seen the sentence. Linear probes
+read kind, colour, look and ground from each of them, and from SDXL's pooled text; what a sentence leaves out must be read
+as left out. The probes are thrown away, the encoders stay as they are while the UNet learns.
 """
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from . import networks, scenes
+from lib_hires.engines.components import tokenizers
+
+from . import networks, scenes, vocabulary
 
 BATCH = 96
 NOTHING = "nothing"
@@ -27,18 +31,56 @@ OPENINGS = ("", "", "", "a photo of ", "a picture of ", "photo, ", "masterpiece,
 CLOSINGS = ("", "", "", ", sharp", ", high quality, detailed", ".", ", centered")
 
 
-class Probed(nn.Module):
-    """The encoder with the probes that it is trained by."""
+class Towers(nn.Module):
+    """A layout's text encoders and their tokenizers: as much of a checkpoint as `lib_hires.engines.prompts.encode` asks for."""
 
-    def __init__(self, encoder: CLIPTextModel):
+    def __init__(self, layout: networks.Layout):
         super().__init__()
-        self.encoder = encoder
-        self.probes = nn.ModuleDict({name: nn.Linear(networks.CONTEXT, len(words)) for name, words in ANSWERS.items()})
+        self.family, self.dtype, known = layout.family, torch.float32, vocabulary.size()
+        self.tokenizers = tokenizers(layout.family, known)
+        self.text_encoders = nn.ModuleList(networks.text_encoders(layout, known))
 
-    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits (N, 77, answers) of token ids (N, 77)."""
-        hidden = self.encoder(ids).last_hidden_state
-        return {name: probe(hidden) for name, probe in self.probes.items()}
+    def forward(self, texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the UNet will read: pairs of embeddings (N, T, D) and whether they stand at the end token or behind it (N, T)."""
+        read = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
+            ids = ids_of(tokenizer, texts)
+            behind = from_end(ids, tokenizer.eos_token_id)
+            answer = encoder(ids, output_hidden_states=True)
+            read.append((answer.hidden_states[-2] if self.family == "sdxl" else answer.last_hidden_state, behind))
+            if "text_embeds" in answer:
+                read.append((answer.text_embeds[:, None], torch.ones(len(texts), 1, dtype=torch.bool)))
+        return read
+
+
+class Probed(nn.Module):
+    """Text encoders with the probes that they are trained by, a set of probes for each thing that is read."""
+
+    def __init__(self, towers: Towers):
+        super().__init__()
+        self.towers = towers
+        with torch.no_grad():
+            widths = [hidden.shape[-1] for hidden, _ in towers([""])]
+        self.probes = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, len(answers)) for name, answers in ANSWERS.items()})
+            for width in widths
+        )
+
+    def forward(self, texts: list[str]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(answer's name, logits (M, answers), which text (M,)) of every place that is asked."""
+        told = []
+        for probes, (hidden, behind) in zip(self.probes, self.towers(texts)):
+            asked, rows = hidden[behind], behind.nonzero()[:, 0]
+            told += [(name, probe(asked), rows) for name, probe in probes.items()]
+        return told
+
+
+def all_words() -> list[str]:
+    """Every word that sentences are made of, and commas and full stops: what the small vocabulary knows whole."""
+    told = " ".join(
+        (*scenes.SHAPES, scenes.FACE, *scenes.COLOURS, *scenes.TEXTURES, *scenes.MOODS, *OPENINGS, *CLOSINGS)
+    )
+    return sorted({*re.findall(r"\w+|[,.]", told), "a", "on", "background"})
 
 
 def told(scene: scenes.Scene) -> dict[str, str]:
@@ -71,33 +113,27 @@ def ids_of(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     ]
 
 
-def loss_of(model: Probed, tokenizer: CLIPTokenizer, generator: np.random.Generator) -> torch.Tensor:
-    """Cross-entropy of all answers at the end token and behind it."""
-    ids, wanted = _batch(tokenizer, generator)
-    behind = _from_end(ids, tokenizer.eos_token_id)
-    answers = model(ids)
-    return sum(functional.cross_entropy(answers[name][behind], wanted[name][behind]) for name in ANSWERS)
+def loss_of(model: Probed, generator: np.random.Generator) -> torch.Tensor:
+    """Cross-entropy of all answers, at the end tokens, behind them and in the pooled text."""
+    texts, wanted = _batch(generator)
+    return sum(functional.cross_entropy(logits, wanted[name][rows]) for name, logits, rows in model(texts))
 
 
 @torch.no_grad()
-def accuracy(model: Probed, tokenizer: CLIPTokenizer, generator: np.random.Generator) -> dict[str, float]:
-    """Share of positions from the end token on at which each probe is right, over sentences of its own."""
-    ids, wanted = _batch(tokenizer, generator)
-    behind = _from_end(ids, tokenizer.eos_token_id)
-    answers = model(ids)
-    return {name: float((answers[name].argmax(dim=-1) == wanted[name])[behind].float().mean()) for name in ANSWERS}
+def accuracy(model: Probed, generator: np.random.Generator) -> float:
+    """The least share of places at which a probe is right, over sentences of their own."""
+    texts, wanted = _batch(generator)
+    return min(
+        float((logits.argmax(dim=-1) == wanted[name][rows]).float().mean()) for name, logits, rows in model(texts)
+    )
 
 
-def _batch(tokenizer: CLIPTokenizer, generator: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _batch(generator: np.random.Generator) -> tuple[list[str], dict[str, torch.Tensor]]:
     pairs = [sentence(scenes.draw_scene(generator), generator) for _ in range(BATCH)]
-    ids = ids_of(tokenizer, [text for text, _ in pairs])
-    wanted = {
-        name: torch.tensor([answers.index(one[name]) for _, one in pairs])[:, None].expand(ids.shape)
-        for name, answers in ANSWERS.items()
-    }
-    return ids, wanted
+    wanted = {name: torch.tensor([answers.index(told[name]) for _, told in pairs]) for name, answers in ANSWERS.items()}
+    return [text for text, _ in pairs], wanted
 
 
-def _from_end(ids: torch.Tensor, end: int) -> torch.Tensor:
+def from_end(ids: torch.Tensor, end: int) -> torch.Tensor:
     """(N, 77) bool: the end token and what pads behind it."""
     return (ids == end).cumsum(dim=1) > 0

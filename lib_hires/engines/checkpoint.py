@@ -26,6 +26,8 @@ from .components import BETAS, Components, tokenizers, vae_dtype
 from .files import CheckpointError, Tensors, open_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "scenes-sd15.safetensors"
+AUTOENCODER_OF = "hires_lab.autoencoder_of"
+"""Metadata key of a file without an autoencoder: the name of the file beside it whose autoencoder it was trained with."""
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
@@ -51,6 +53,9 @@ def load(
 
 def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> Components:
     tensors = open_tensors(path)
+    lender = tensors.metadata.get(AUTOENCODER_OF)
+    if lender:
+        tensors = tensors.with_part(open_tensors(path.with_name(Path(lender).name)), structure.VAE)
     family = structure.family_of(tensors.shapes, path.name)
     notes = sidecar.read(config, path)
     scaling_factor = SCALING_FACTORS[family] if notes.scale_factor is None else float(notes.scale_factor)
@@ -59,7 +64,7 @@ def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> 
     return Components(
         unet=unet,
         vae=_vae(tensors, scaling_factor, device, vae_dtype(family, dtype)),
-        tokenizers=tokenizers(family),
+        tokenizers=tokenizers(family, text_encoders[0].config.vocab_size),
         text_encoders=text_encoders,
         family=family,
         prediction_type=_prediction_type(tensors, family, notes, unet),

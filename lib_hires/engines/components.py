@@ -62,8 +62,12 @@ def vae_dtype(family: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if family == "sdxl" and dtype is torch.float16 else dtype
 
 
-def tokenizers(family: str) -> list[CLIPTokenizer]:
-    """The bundled vocabulary, once per text encoder: OpenAI's CLIP pads with the end token, open_clip with token 0 ('!')."""
+def tokenizers(family: str, known: int = 0) -> list[CLIPTokenizer]:
+    """A vocabulary once per text encoder: OpenAI's CLIP pads with the end token, open_clip with token 0 ('!').
+
+    `known`: tokens that the text encoders know; as many as the small models' vocabulary has get that one, else it is CLIP's.
+    """
     pads = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[family]
-    files = str(sidecar.CLIP_FOLDER / "vocab.json"), str(sidecar.CLIP_FOLDER / "merges.txt")
+    folder = sidecar.vocabulary(known)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
     return [CLIPTokenizer(*files, pad_token=pad, model_max_length=77) for pad in pads]

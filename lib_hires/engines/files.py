@@ -53,6 +53,15 @@ class Tensors:
         """The tensors whose name starts with `prefix`, by their full name."""
         return {name: self.read(name) for name in self.shapes if name.startswith(prefix)}
 
+    def with_part(self, other: Tensors, prefix: str) -> Tensors:
+        """These, and those of `other` whose name starts with `prefix`."""
+        theirs = {name: shape for name, shape in other.shapes.items() if name.startswith(prefix)}
+
+        def read(name: str) -> torch.Tensor:
+            return other.read(name) if name in theirs else self.read(name)
+
+        return Tensors(self.name, self.shapes | theirs, read, self.metadata)
+
 
 def open_tensors(path: Path) -> Tensors:
     """Open a checkpoint file.

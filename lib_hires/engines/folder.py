@@ -24,11 +24,12 @@ def load(path: Path, device: torch.device, dtype: torch.dtype) -> Components:
     family = _family(path)
     vae = _model(AutoencoderKL, path / "vae", device, vae_dtype(family, dtype))
     unet = _model(UNet2DConditionModel, path / "unet", device, dtype)
+    text_encoders = _text_encoders(path, family, device, dtype)
     return Components(
         unet=unet,
         vae=vae,
-        tokenizers=tokenizers(family),
-        text_encoders=_text_encoders(path, family, device, dtype),
+        tokenizers=tokenizers(family, text_encoders[0].config.vocab_size),
+        text_encoders=text_encoders,
         family=family,
         prediction_type=settings.get("prediction_type", "epsilon"),
         scaling_factor=vae.config.scaling_factor,

@@ -50,6 +50,10 @@ class Conditioning:
         """Every row `times` times: [0, 0, ..., 1, 1, ...]."""
         return self if times == 1 else self._each(lambda value: value.repeat_interleave(times, 0))
 
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on `device`."""
+        return self._each(lambda value: value.to(device))
+
     def _each(self, change) -> Conditioning:
         parts = (self.context, self.pooled, self.time_ids)
         return Conditioning(*[None if part is None else change(part) for part in parts])

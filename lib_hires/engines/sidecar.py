@@ -16,6 +16,8 @@ import yaml
 from .files import CheckpointError, MissingFile
 
 CLIP_FOLDER = Path(__file__).parent.parent / "assets" / "clip"
+SMALL_FOLDER = CLIP_FOLDER.with_name("clip-scenes")
+"""CLIP's vocabulary cut down to the words that the bundled models know."""
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
@@ -58,6 +60,11 @@ def read(config: str | Path | Mapping | None, checkpoint: Path) -> Sidecar:
     )
 
 
+def vocabulary(known: int) -> Path:
+    """The folder of the vocabulary for text encoders that know so many tokens."""
+    return SMALL_FOLDER if known == _config(SMALL_FOLDER)["vocab_size"] else CLIP_FOLDER
+
+
 def prediction_of(word: str, source: str) -> str:
     """diffusers' name of a prediction type. Raises `CheckpointError` for an unknown one."""
     if word not in PREDICTIONS:
@@ -85,7 +92,10 @@ def _prediction(params: Mapping, name: str) -> str | None:
 
 def _clip_folder(version: str | None) -> dict:
     """The config.json of the CLIP folder that a yaml names; the bundled one's if it names none that is here."""
-    folder = Path(version) if version and (Path(version) / "config.json").exists() else CLIP_FOLDER
+    return _config(Path(version) if version and (Path(version) / "config.json").exists() else CLIP_FOLDER)
+
+
+def _config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 

@@ -1,13 +1,19 @@
 """Training the small models: states that go on, names that hosts know, words that tell everything."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-from benchmarks.mini import autoencoder, denoiser, export, networks, scenes, words
+from benchmarks.mini import autoencoder, denoiser, export, networks, scenes, vocabulary, words
 from benchmarks.mini.training import Training
 from lib_hires.engines.checkpoint import load
 from lib_hires.engines.components import tokenizers
+from lib_hires.engines.files import MissingFile
+from lib_hires.engines.prompts import Conditioning, encode
+from lib_hires.engines.sidecar import SMALL_FOLDER
 
 
 def linear():
@@ -49,18 +55,57 @@ def test_no_time_leaves_a_state_and_says_that_it_is_not_finished(tmp_path):
     assert (tmp_path / "state.pt").exists() and not training.finished
 
 
-def test_a_written_checkpoint_loads_with_the_same_weights(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Both layouts' files side by side, and what they were written from."""
+    folder, parts = tmp_path_factory.mktemp("written"), {}
     torch.manual_seed(1)
-    unet, vae, text = networks.unet("sd15"), networks.autoencoder(), networks.text_encoder(49408, 49407)
-    export.save(tmp_path / "small.safetensors", unet, vae, text, "a test")
-    found = load(tmp_path / "small.safetensors")
-    assert (found.family, found.prediction_type, found.native_resolution) == ("sd1", "epsilon", networks.NATIVE)
+    vae = networks.autoencoder()
+    for name, lender in (("sd15", ""), ("sdxl", "scenes-sd15.safetensors")):
+        layout = networks.LAYOUTS[name]
+        unet, towers = networks.unet(layout), words.Towers(layout)
+        path = folder / f"scenes-{name}.safetensors"
+        export.save(path, layout, unet, vae, towers.text_encoders, "a test", lender)
+        parts[name] = (path, unet, vae, towers)
+    return parts
+
+
+def halves(module):
+    return {name: value.half().float().sum().item() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "family"), [("sd15", "sd1"), ("sdxl", "sdxl")])
+def test_a_written_checkpoint_loads_with_the_same_weights(written, name, family):
+    path, unet, vae, towers = written[name]
+    found = load(path)
+    assert (found.family, found.prediction_type, found.native_resolution) == (family, "epsilon", networks.NATIVE)
     assert found.scaling_factor == 1.0
-    for ours, theirs in ((unet, found.unet), (vae, found.vae), (text, found.text_encoders[0])):
-        loaded = theirs.state_dict()
-        assert {name: value.half().float().sum().item() for name, value in ours.state_dict().items()} == {
-            name: value.sum().item() for name, value in loaded.items()
-        }
+    assert found.unet.config.attention_head_dim == unet.config.attention_head_dim
+    for ours, theirs in ((unet, found.unet), (vae, found.vae), *zip(towers.text_encoders, found.text_encoders)):
+        assert halves(ours) == {name: value.sum().item() for name, value in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_written_checkpoint_reads_texts_as_its_training_did(written, name):
+    path, _, _, towers = written[name]
+    texts = ["a red star on a blue background", "photo, a lighthouse at dusk", ""]
+    ours, theirs = encode(towers, texts), encode(load(path), texts)
+    assert torch.allclose(ours.context, theirs.context, atol=0.02)
+    assert (ours.pooled is None) == (name == "sd15")
+    if ours.pooled is not None:
+        assert torch.allclose(ours.pooled, theirs.pooled, atol=0.02)
+    read = towers(texts)
+    assert torch.allclose(read[0][0], ours.context[..., : read[0][0].shape[-1]], atol=1e-5)
+
+
+def test_a_file_without_its_autoencoder_takes_it_from_the_one_beside_it(written, tmp_path):
+    path = written["sdxl"][0]
+    with safe_open(path, "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("first_stage_model.")]  # noqa: SIM118
+    alone = tmp_path / path.name
+    shutil.copy(path, alone)
+    with pytest.raises(MissingFile, match=r"scenes-sd15\.safetensors"):
+        load(alone)
 
 
 def test_standardised_latents_are_standard_and_draw_the_same_picture():
@@ -90,28 +135,101 @@ def test_sentences_tell_what_their_answers_say():
 
 
 def test_answers_are_asked_from_the_end_token_on():
-    ids = words.ids_of(tokenizers("sd1")[0], ["a red star", ""])
-    behind = words._from_end(ids, 49407)
-    assert behind.sum(dim=1).tolist() == [77 - 4, 77 - 1]
-    assert not behind[0, :4].any()
+    towers = words.Towers(networks.LAYOUTS["sdxl"])
+    for hidden, behind in towers(["a red star", ""]):
+        if hidden.shape[1] == 1:
+            assert behind.all()
+            continue
+        assert behind.sum(dim=1).tolist() == [77 - 4, 77 - 1]
+        assert not behind[0, :4].any()
+
+
+@torch.enable_grad()
+def test_text_encoders_learn_to_tell_a_scene():
+    torch.manual_seed(0)
+    probed = words.Probed(words.Towers(networks.LAYOUTS["sdxl"]))
+    generator = np.random.default_rng(0)
+    training = torch.optim.AdamW(probed.parameters(), 2e-3)
+    losses = []
+    for _ in range(25):
+        loss = words.loss_of(probed, generator)
+        training.zero_grad()
+        loss.backward()
+        training.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-3:]) < 0.75 * losses[0]
+    assert 0 <= words.accuracy(probed, generator) <= 1
+
+
+# The vocabulary -------------------------------------------------------------------------------------------------------
+
+
+def test_the_small_vocabulary_is_the_one_that_its_command_writes(tmp_path):
+    vocabulary.save(tmp_path, words.all_words())
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_text(encoding="utf-8") == (SMALL_FOLDER / path.name).read_text(encoding="utf-8"), path.name
+
+
+def test_captions_are_cut_as_clip_cuts_them():
+    (whole,), (small,) = tokenizers("sd1"), tokenizers("sd1", vocabulary.size())
+    assert (len(whole), len(small)) == (49408, vocabulary.size())
+    generator = np.random.default_rng(0)
+    texts = [words.sentence(scenes.draw_scene(generator), generator)[0] for _ in range(300)]
+    for text in {*texts, *scenes.captions()}:
+        assert whole.tokenize(text) == small.tokenize(text)
+
+
+@pytest.mark.parametrize("text", ["a lighthouse at dusk", "Straße, 日本 (x:1.2)", "!", "1girl"])
+def test_other_text_falls_to_smaller_pieces_and_none_is_lost(text):
+    (whole,), (small,) = tokenizers("sd1"), tokenizers("sd1", vocabulary.size())
+    read = [tokenizer.convert_tokens_to_string(tokenizer.tokenize(text)) for tokenizer in (whole, small)]
+    assert read[0] == read[1]
+    assert small.unk_token not in small.tokenize(text)
+
+
+# The UNet's lessons ---------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_scene_says_where_it_was_cut_out():
+    scene = scenes.Scene("star", "red", "plain", "blue")
+    whole = denoiser.Sight(scene, False, (-0.0625, -0.0625, 1.0625, 1.0625))
+    assert whole.sizes(32, 1, 2) == [256, 256, 0, 0, 256, 256]
+    part = denoiser.Sight(scene, True, (0.25, 0.5, 0.75, 1.0))
+    # 36 latents show half a scene: all of it is 576 pixels across, the canvas starts at (288, 144) of them
+    assert part.sizes(32, 4, 0) == [576, 576, 288 + 32, 144, 256, 256]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.enable_grad()
+def test_a_lesson_is_the_same_for_the_same_step_and_reaches_every_weight(name):
+    torch.manual_seed(0)
+    layout = networks.LAYOUTS[name]
+    pool = denoiser.Pool(torch.randn(4, 4, 20, 20).half(), denoiser._sights(16, 0, 0.5)[:4], 16)
+    lessons = denoiser.Lessons(pool, denoiser.Contexts(words.Towers(layout)), batch=2)
+    unet = networks.unet(layout)
+    losses = [lessons.loss_of(unet, step) for step in (3, 4, 3)]
+    assert losses[0].item() == losses[2].item() != losses[1].item()
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())
 
 
 def test_parts_of_scenes_are_never_shown_at_the_highest_noise_levels():
     scene = scenes.Scene("star", "red", "plain", "blue")
     side = 8
-    pool = denoiser.Pool(torch.randn(2, 4, 12, 12).half(), [scene] * 2, torch.tensor([True, False]), side)
+    seen = [denoiser.Sight(scene, zoomed, (0.0, 0.0, 1.0, 1.0)) for zoomed in (True, False)]
+    pool = denoiser.Pool(torch.randn(2, 4, 12, 12).half(), seen, side)
 
     class Asked(torch.nn.Module):
         device = torch.device("cpu")
         seen: list = []  # noqa: RUF012
 
-        def forward(self, noisy, times, encoder_hidden_states, return_dict):
+        def forward(self, noisy, times, encoder_hidden_states, added_cond_kwargs, return_dict):
             self.seen.append((times, noisy))
             return (torch.zeros_like(noisy),)
 
     class Silent:
         def of(self, texts):
-            return torch.zeros(len(texts), 77, 64)
+            return Conditioning(torch.zeros(len(texts), 77, 64))
 
     lessons = denoiser.Lessons(pool, Silent(), batch=64)
     asked = Asked()
