@@ -10,7 +10,7 @@ from lib_hires import Request
 from lib_hires.engines.components import Components
 from lib_hires.engines.drawing import Drawing
 from lib_hires.engines.job import Job, Result
-from lib_hires.engines.runner import engine_job_of, session_for, stages_of
+from lib_hires.engines.runner import engine_job_of, resolved, session_for, stages_of
 from lib_hires.engines.standalone import Engine
 from lib_hires.plan.tiling import Stage
 from lib_hires.unet.session import Session
@@ -36,7 +36,7 @@ class Prepared:
     def of(cls, components: Components, first: Mapping[str, Any], settings: Mapping[str, Any], width: int, height: int):
         """`first`: a job's other fields; `settings`: a method and its settings, as `Request.from_dict` takes them."""
         job = engine_job_of({**first, "width": width, "height": height})
-        request = Request.from_dict(settings)
+        request = resolved(components, Request.from_dict(settings), job)
         session = session_for(components, request, job)
         return cls(Engine(components), job, session, stages_of(components, request, job, session))
 

@@ -17,6 +17,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AccDiffusion",
     "AccDiffusionV2",
+    "Auto",
     "Common",
     "DeepShrink",
     "DemoFusion",
@@ -41,6 +42,7 @@ _HOMES = {
     "Request": "request",
     "Session": "unet.session",
     "methods": "methods",
+    "Auto": "plan.auto",
     "HiDiffusion": "unet.hidiffusion",
     "DeepShrink": "unet.deep_shrink",
     "MultiDiffusion": "canvas.multidiffusion",
@@ -66,6 +68,11 @@ def patched(unet: Any, *methods: Any, **options: Any) -> Any:
     from .unet.session import Session
 
     for method in methods:
+        if getattr(method, "automatic", False):
+            raise HiresError(
+                f"{method.title} chooses for a whole picture, which `patched` and `apply` do not see. "
+                "Name a method, such as HiDiffusion()."
+            )
         if isinstance(method, CanvasMethod):
             raise HiresError(
                 f"{method.title} draws on a canvas larger than the model; it is no change of a UNet, so that `patched` and "

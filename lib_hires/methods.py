@@ -1,4 +1,4 @@
-"""All methods, found by looking: each `Method` subclass in the packages that hold methods. Nobody lists them by hand."""
+"""All methods, found by looking: each `Method` subclass in the packages that hold some. Nobody lists them by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from .config.errors import SettingError
 from .plan.method import Method
 
-PACKAGES = ("unet", "canvas")
+PACKAGES = ("plan", "unet", "canvas")
 NONE = "none"
 
 

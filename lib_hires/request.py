@@ -17,17 +17,24 @@ from .config.common import Common
 from .config.errors import UnknownSetting
 from .config.settings import schema
 from .methods import NONE, find_method
-from .plan.method import Method
+from .plan.method import Method, Wanted
+from .plan.models import Model
 
-METHOD_KEY = "HL Method"
+METHOD_KEY, CHOSEN_KEY = "HL Method", "HL Chosen"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for; `method` None is plain sampling."""
+    """What is asked for; `method` None is plain sampling.
+
+    `asked`, `reason`: where an automatic method was resolved, that method, and why it chose this one. Written forms are of
+    what was asked.
+    """
 
     method: Method | None = None
     common: Common = field(default_factory=Common)
+    asked: Method | None = None
+    reason: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
@@ -56,17 +63,48 @@ class Request:
         method = find_method(keys.get(METHOD_KEY, NONE))
         return cls(from_infotext(method, keys) if method else None, from_infotext(Common, keys))
 
+    def resolved(self, model: Model, wanted: Wanted) -> Request:
+        """This request, an automatic method replaced by the one that it chooses for a pass."""
+        choice = self.method.choice(model, wanted) if self.method else None
+        if choice is None:
+            return self
+        chosen = find_method(choice.method)
+        return Request(chosen() if chosen else None, self.common, self.method, choice.reason)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether a method is still to be chosen."""
+        return self.method is not None and self.method.automatic
+
+    @property
+    def written(self) -> Method | None:
+        """The method that was asked for."""
+        return self.asked or self.method
+
+    @property
+    def chosen(self) -> str:
+        """The title of the method that an automatic one chose; empty where none did."""
+        return (self.method.title if self.method else NONE) if self.asked else ""
+
+    @property
+    def note(self) -> str:
+        """What was chosen and why; empty where nothing was."""
+        if not self.asked:
+            return ""
+        return f"{self.asked.title} chose {self.chosen if self.method else 'plain sampling'}: {self.reason}."
+
     def to_dict(self) -> dict[str, Any]:
         """The flat dict that `from_dict` reads."""
-        own = self.method.to_dict() if self.method else {}
-        return {"method": self.method.name if self.method else NONE, **self.common.to_dict(), **own}
+        own = self.written.to_dict() if self.written else {}
+        return {"method": self.written.name if self.written else NONE, **self.common.to_dict(), **own}
 
     def to_infotext(self) -> dict[str, str]:
         """`HL` keys; none for plain sampling."""
-        if self.method is None:
+        if self.written is None:
             return {}
-        return {METHOD_KEY: self.method.title, **to_infotext(self.common), **to_infotext(self.method)}
+        keys = {METHOD_KEY: self.written.title, **to_infotext(self.common), **to_infotext(self.written)}
+        return keys | ({CHOSEN_KEY: self.chosen} if self.chosen else {})
 
     def to_argv(self) -> list[str]:
         """`name=value` pieces of what differs from the defaults."""
-        return to_argv(self.common) + (to_argv(self.method) if self.method else [])
+        return to_argv(self.common) + (to_argv(self.written) if self.written else [])

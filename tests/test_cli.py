@@ -117,6 +117,39 @@ def test_a_method_for_another_pass_says_that_it_is_off(out, tmp_path):
     assert "is off" in json.loads(report.read_text())["notes"][0]
 
 
+def test_auto_draws_by_what_it_chooses_and_its_picture_can_be_repeated(out, tmp_path):
+    named, report = tmp_path / "named.png", tmp_path / "report.json"
+    wanted = ["--width", "96", "--height", "64", "--steps", "2", *BIG_ENOUGH, "--set", "native_size=48"]
+    run([*DRAW, *wanted, "--method", "auto", "--out", str(out), "--report", str(report)])
+    run([*DRAW, *wanted, "--method", "hidiffusion", "--out", str(named)])
+    told = json.loads(report.read_text())
+    assert (told["method"], told["chosen"]) == ("auto", "HiDiffusion")
+    assert told["notes"][0].startswith("Auto chose HiDiffusion: 96x64 is 1.63 times the native size 48")
+    with Image.open(out) as ours, Image.open(named) as theirs:
+        assert ours.tobytes() == theirs.tobytes()
+        keys = read_parameters(ours.info["parameters"])[2]
+    assert (keys["HL Method"], keys["HL Chosen"]) == ("Auto", "HiDiffusion")
+    again = tmp_path / "again.png"
+    run(["generate", "--from-image", str(out), "--quiet", "--out", str(again)])
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--set", "native_size=64"], ["Auto chose DemoFusion: 128x104 is 1.80 times", "stage 2: 128x104"]),
+        (["--set", "native_size=64", "--sampler", "unipc"], ["Auto chose HiDiffusion", "not made for stages"]),
+        (["--set", "native_size=64", "--set", "aim=speed"], ["Auto chose HiDiffusion", "the aim is speed"]),
+        (["--set", "native_size=128"], ["Auto chose plain sampling", "the UNet unchanged"]),
+    ],
+)
+def test_a_dry_run_tells_what_auto_chooses(flags, words, out, capsys):
+    run([*DRAW, "--method", "auto", *flags, "--out", str(out), "--dry-run"])
+    told = capsys.readouterr().out
+    for word in words:
+        assert word in told
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

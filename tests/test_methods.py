@@ -16,7 +16,7 @@ CANVAS = {"multidiffusion", "mixture_of_diffusers", "demofusion", "accdiffusion"
 
 
 def test_all_methods_are_found_and_named_by_their_classes():
-    assert set(methods()) == {"deep_shrink", "hidiffusion", *CANVAS}
+    assert set(methods()) == {"auto", "deep_shrink", "hidiffusion", *CANVAS}
     assert all(cls.name == name for name, cls in methods().items())
 
 

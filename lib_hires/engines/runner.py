@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .. import __version__
 from ..config.errors import HiresError, SettingError
 from ..memory import OUT_OF_MEMORY
 from ..plan.describe import describe_plan, describe_stages
+from ..plan.method import Method, Wanted
 from ..plan.tiling import Stage
 from ..request import Request
 from ..schedule import Level, NoiseSchedule
@@ -43,9 +44,10 @@ class Runner:
         engine = Engine(components, decode_bytes=decode_bytes_of(job))
         engine.check(engine_job)
         stages = stages_of(components, request, engine_job, session)
-        title = request.method.title if request.method else "Plain sampling"
+        title = request.written.title if request.written else "Plain sampling"
         head = f"{title}, {components.path.name}, {engine_job.sampler}, {engine_job.steps} steps, batch of {engine_job.batch}:"
-        return [head, *_plan_lines(engine, engine_job, session, stages), *engine.estimate(engine_job, session, stages)]
+        lines = [head, *filter(None, [request.note]), *_plan_lines(engine, engine_job, session, stages)]
+        return lines + engine.estimate(engine_job, session, stages)
 
     def draw(self, job: Mapping[str, Any], on_step: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Draw a job's pictures, write them and its report, and return the report.
@@ -83,6 +85,7 @@ class Runner:
         components = self.load(job)
         _check_model(job, components)
         engine_job = engine_job_of(job)
+        request = resolved(components, request, engine_job)
         return components, request, engine_job, session_for(components, request, engine_job)
 
 
@@ -138,10 +141,23 @@ def session_for(components: Components, request: Request, job: Job) -> Session |
     """The session of a job; None for plain sampling, and where the request is for a pass that this is not."""
     if request.method is None or not request.common.wants_pass(False, job.width, job.height):
         return None
+    return _session(components, request, job, unet_methods(request.method))
+
+
+def resolved(components: Components, request: Request, job: Job) -> Request:
+    """The request, an automatic method replaced by the one that it chooses for this model and size."""
+    if not (request.is_automatic and request.common.wants_pass(False, job.width, job.height)):
+        return request
+    model = _session(components, request, job, ()).model
+    size = (job.height // components.factor, job.width // components.factor)
+    return request.resolved(model, Wanted(size, stages=samplers.keeps_state(job.sampler)))
+
+
+def _session(components: Components, request: Request, job: Job, methods: Sequence[Method]) -> Session:
     size = components.native_resolution
     return Session(
         components.unet,
-        unet_methods(request.method),
+        methods,
         request.common,
         seeds=job.seeds,
         schedule=schedule_of(components),
@@ -228,7 +244,8 @@ def report_of(
     device = torch.cuda.get_device_name(components.device) if components.device.type == "cuda" else "cpu"
     return {
         "method": settings.pop("method"),
-        "settings": settings if request.method else {},
+        "settings": settings if request.written else {},
+        "chosen": request.chosen,
         "seed": job.seed,
         "batch": job.batch,
         "device": device,
@@ -245,13 +262,14 @@ def report_of(
 
 def notes_of(request: Request, session: Session | None) -> list[str]:
     """What was left out and why."""
+    notes = [request.note] if request.note else []
     if session is not None:
-        return session.notes
+        return notes + session.notes
     if request.method is not None:
         return [
             f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."
         ]
-    return []
+    return notes
 
 
 def _advance(bar: tqdm) -> Callable[[int, int], None]:

@@ -136,8 +136,13 @@ def make(name: str, components: Components, steps: int) -> Run:
 
 def check_stages(name: str) -> None:
     """Raises `SettingError` for a sampler that would lose the skip residual of stages."""
-    if not _named(name).keeps_state:
+    if not keeps_state(name):
         raise losing_sampler(name, [key for key, sampler in SAMPLERS.items() if sampler.keeps_state])
+
+
+def keeps_state(name: str) -> bool:
+    """Whether a stage's skip residual stays in a sampler's state."""
+    return _named(name).keeps_state
 
 
 def name_of(title: str, schedule: str = "") -> str:

@@ -26,15 +26,17 @@ from ..canvas.method import CanvasMethod
 from ..config.common import ABOVE, HIRES
 from ..config.errors import Conflict, HiresError
 from ..patches import UndoLog
+from ..plan.method import Wanted
 from ..plan.models import LATENT_FACTOR
-from ..request import Request
+from ..request import CHOSEN_KEY, Request
 from ..schedule import NoiseSchedule
 from ..stages.inside import unet_methods
 from ..stages.progressive import StageRun
 from ..unet.attention_maps import AttentionMaps
 from ..unet.session import Session
+from ._a1111 import samplers
 from ._a1111.decoding import Decoding
-from ._a1111.passes import Pass
+from ._a1111.passes import Pass, call_of
 from ._a1111.views import Views
 from .protocol import OVERRIDE, Asked, Reader, drop_infotext, fail_when_sampled, forget_failure, forget_package
 
@@ -62,6 +64,7 @@ class Job:
     def __init__(self, asked: Asked):
         self.request, self.notes = asked.request, list(asked.notes)
         self.passes_seen = self.passes_changed = 0
+        self.left_alone = False  # a pass that plain sampling was chosen for
 
 
 class A1111:
@@ -124,12 +127,14 @@ class A1111:
             job.passes_changed += 1
             p.extra_generation_params.update(job.request.to_infotext())
             for name in _SAMPLER_FUNCTIONS:
-                _wrap(p.sampler, name, lambda *call: self._draw(p, job.request, *call))
+                _wrap(p.sampler, name, lambda *call: self._draw(p, job, *call))
 
-    def _draw(
-        self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def _draw(self, p: Any, job: Job, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict) -> Any:
         """What a wrapped sampler function does."""
+        request = self._resolved(p, job.request, sampler, name, original, args, kwargs)
+        if request.method is None:
+            job.passes_changed, job.left_alone = job.passes_changed - 1, True
+            return original(*args, **kwargs)
 
         def make_run(stage: StageRun | None = None, maps: AttentionMaps | None = None) -> Run:
             return Run(self._runs, p, request, stage, maps)
@@ -151,6 +156,22 @@ class A1111:
             _say(p, filter(None, [self._decoding.open(latents, wrap)]))
         return latents
 
+    def _resolved(
+        self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
+    ) -> Request:
+        """The request, an automatic method replaced by what it chooses for this pass; says so, and writes it down."""
+        if not request.is_automatic:
+            return request
+        model = Run(self._runs, p, request).make_session().model
+        size = tuple(call_of(original, args, kwargs).arguments["x"].shape[-2:])
+        wanted = Wanted(size, started=name == "sample_img2img", stages=samplers.keeps_state(sampler))
+        request = request.resolved(model, wanted)
+        before = p.extra_generation_params.get(CHOSEN_KEY, "").split(", ")
+        chosen = dict.fromkeys(filter(None, [*before, request.chosen]))
+        p.extra_generation_params[CHOSEN_KEY] = ", ".join(chosen)
+        _say(p, [request.note])
+        return request
+
     def after_decoding(self, p: Any) -> None:
         """The pictures are decoded."""
         self._decoding.close()
@@ -160,7 +181,8 @@ class A1111:
         job: Job | None = getattr(p, _JOB, None)
         if job is not None and not job.passes_changed:
             drop_infotext(p.extra_generation_params)
-            _say(p, [_why_nothing(job)])
+            if not job.left_alone:
+                _say(p, [_why_nothing(job)])
 
 
 def _wants(request: Request, p: Any, width: int, height: int) -> bool:

@@ -47,18 +47,42 @@ class UNetPlan:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A pass that is about to be drawn: latents of `size` (height, width). `started`: the host begins with latents of its own
+    (hires pass, img2img); `stages`: whether its sampler can be run in stages."""
+
+    size: Size
+    started: bool = False
+    stages: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of the method to draw with, "none" for plain sampling, and why in a few words."""
+
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Method(Settings):
     """Base of every method's settings.
 
     Class attributes: `name` as the API and the command line write it, `title` as the papers do, `summary` and
-    `use_when` for tables, `source` the paper; `group`: a name for the settings that a base class shares out.
+    `use_when` for tables, `source` the paper; `group`: a name for the settings that a base class shares out; `automatic`:
+    whether it draws nothing itself and makes a `choice`.
     """
 
     group: ClassVar[str] = ""
+    automatic: ClassVar[bool] = False
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     use_when: ClassVar[str] = ""
     source: ClassVar[str] = ""
+
+    def choice(self, model: Model, wanted: Wanted) -> Choice | None:
+        """Which other method draws this pass in its place; None: it draws by itself."""
+        return None
 
     def plan(self, model: Model, size: Size, common: Common) -> UNetPlan:
         """The changes for latents of `size` (height, width). Raises `HiresError` where settings and model do not fit."""

@@ -96,6 +96,24 @@ def test_a_picture_of_which_no_pass_was_changed_is_plain_and_not_labelled(a1111,
         assert "HL " not in drawn.infotexts[0]
 
 
+def test_auto_draws_what_it_chooses_and_leaves_the_native_size_alone(a1111):
+    auto = [{"method": "auto"}]
+    drawn, named = a1111.txt2img(auto), a1111.txt2img(HIDIFFUSION)  # 384 is 1.5 times the native size
+    assert (drawn.picture == named.picture).all()
+    assert "HL Method: Auto" in drawn.infotexts[0] and "HL Chosen: HiDiffusion" in drawn.infotexts[0]
+    assert "Auto chose HiDiffusion: 384x384 is 1.50 times" in a1111.log.read_text()
+    again = a1111.again(drawn.infotexts[0])
+    assert again.infotexts == drawn.infotexts and (again.picture == drawn.picture).all()
+    small = {"width": 256, "height": 256}
+    left = a1111.txt2img(auto, **small)
+    assert (left.picture == a1111.txt2img(**small).picture).all() and "HL " not in left.infotexts[0]
+    staged = a1111.txt2img(auto, width=512, height=512, steps=4)
+    assert "HL Chosen: DemoFusion" in staged.infotexts[0] and "HL Stages" in staged.infotexts[0]
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
+    both = a1111.txt2img(auto, **small, **hires)
+    assert 'HL Chosen: "none, HiDiffusion"' in both.infotexts[0]
+
+
 def test_a_script_that_samples_on_its_own_is_not_labelled(a1111, plain):
     alternative = {"script_name": "img2img alternative test",
                    "script_args": ["", True, True, "a star", "", True, 6, True, 1, 0, False]}

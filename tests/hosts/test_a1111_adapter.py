@@ -137,6 +137,32 @@ def test_an_exception_and_an_interrupt_of_the_sampler_leave_nothing(host):
         assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
 
 
+@pytest.mark.parametrize(("native", "title", "seen"), [(80, "HiDiffusion", "stride 4 at 3, windows"), (128, "none", None)])
+def test_auto_is_resolved_for_the_pass_said_and_written_down(host, native, title, seen):
+    adapter, sampler = A1111(), Sampler(host)
+    sampler.config = SimpleNamespace(name="Euler")
+    p = job(adapter, sampler, Request.from_dict({"method": "auto", "native_size": native}))
+    assert p.extra_generation_params["HL Method"] == "Auto"
+    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    assert sampler.seen[0] == ({seen: 1} if seen else None)
+    assert p.extra_generation_params["HL Chosen"] == title
+    assert any(text.startswith("Hires Lab: Auto chose") for text in p.comments)
+    assert len(p.comments) == 1 or seen
+    adapter.after_sampling(p)
+    assert ("HL Chosen" in p.extra_generation_params) == (seen is not None)
+    assert not any("nothing was changed" in text for text in p.comments)
+
+
+def test_each_pass_is_chosen_for_and_all_choices_are_written(host):
+    adapter, sampler = A1111(), Sampler(host)
+    sampler.config = SimpleNamespace(name="Euler")
+    p = job(adapter, sampler, Request.from_dict({"method": "auto", "native_size": 80}))
+    sampler.sample(p, torch.zeros(2, 4, 8, 8))
+    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    assert p.extra_generation_params["HL Chosen"] == "none, HiDiffusion"
+
+
 def test_another_model_in_the_middle_of_a_run_gets_the_session(host):
     first, second, sampler = host.shared.sd_model, Model(), Sampler(host)
     p = job(A1111(), sampler)

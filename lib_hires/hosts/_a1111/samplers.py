@@ -19,9 +19,14 @@ def check(sampler: Any) -> None:
     """Raises `SettingError` for a sampler that would lose the skip residual of stages."""
     from modules import sd_samplers
 
-    if sampler.config.name in LOSING:
+    if not keeps_state(sampler):
         allowed = [each.name for each in sd_samplers.all_samplers if each.name not in LOSING]
         raise losing_sampler(sampler.config.name, allowed)
+
+
+def keeps_state(sampler: Any) -> bool:
+    """Whether a stage's skip residual stays in its state."""
+    return sampler.config.name not in LOSING
 
 
 def is_scaled(sampler: Any) -> bool:
