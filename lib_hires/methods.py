@@ -16,7 +16,7 @@ NONE = "none"
 
 @cache
 def methods() -> dict[str, type[Method]]:
-    """Name -> class, in alphabetical order of the titles."""
+    """Name -> class: what chooses by itself first, the others in alphabetical order of their titles."""
     found = []
     for package in PACKAGES:
         parent = importlib.import_module(f"{__package__}.{package}")
@@ -30,7 +30,7 @@ def methods() -> dict[str, type[Method]]:
                 and value.__module__ == module.__name__
                 and value.name
             ]
-    return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.title)}
+    return {cls.name: cls for cls in sorted(found, key=lambda cls: (not cls.automatic, cls.title))}
 
 
 def find_method(name: str) -> type[Method] | None:

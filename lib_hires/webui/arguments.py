@@ -44,8 +44,6 @@ class Control:
 def controls() -> tuple[Control, ...]:
     """All controls in the order of the positional arguments."""
     titles = tuple(cls.title for cls in methods().values())
-    first = next(iter(methods().values())).title
-    usual = "HiDiffusion" if "HiDiffusion" in titles else first
     top = (
         Control(ENABLED, "", Setting(ENABLED, bool, False, "Enable Hires Lab", "Draw by the method below.")),
         Control(
@@ -54,7 +52,7 @@ def controls() -> tuple[Control, ...]:
             Setting(
                 METHOD,
                 str,
-                usual,
+                titles[0],
                 "Method",
                 "How the picture is kept coherent above the size that the model was trained at.",
                 choices=titles,
@@ -104,15 +102,20 @@ def describe_arguments() -> str:
 def read_arguments(args: Sequence[Any], override: Mapping[str, Any] | None = None) -> Asked:
     """What `args` and an XYZ cell's `override` ask for. Raises `SettingError` for a wrong value or name.
 
-    Arguments that are missing at the end keep their defaults. Any override switches Hires Lab on. While it is off,
-    values are not looked at.
+    Arguments that are missing at the end keep their defaults. Any override switches Hires Lab on, and a setting of one method
+    takes the place of an automatic one. While it is off, values are not looked at.
     """
     override = dict(override or {})
     read = _read_named if args and isinstance(args[0], Mapping) else _read_positional
-    enabled, method_name, values = read(args, override.pop(METHOD, None), on=bool(override))
+    chosen = override.pop(METHOD, None)
+    enabled, method_name, values = read(args, chosen, on=bool(override))
     method = find_method(method_name) if enabled else None
     if method is None:
         return Asked()
+    meant = {key.partition(".")[0] for key in override} & methods().keys() - {method.name}
+    if method.automatic and chosen is None and len(meant) == 1:
+        _, method_name, values = read(args, meant.pop(), on=True)
+        method = find_method(method_name)
     notes = []
     for key, value in override.items():
         owner, _, name = key.partition(".")

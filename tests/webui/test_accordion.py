@@ -95,4 +95,4 @@ def test_before_anything_is_chosen_the_boxes_of_the_usual_method_are_shown(built
     by_key, _ = built
     for control in controls()[2:]:
         for box in boxes(by_key[control.key]):
-            assert box.told["visible"] == (control.owner == "hidiffusion")
+            assert box.told["visible"] == (control.owner == "auto")

@@ -100,7 +100,7 @@ def test_a_full_list_takes_shared_settings_for_every_method_that_has_them():
 
 
 def test_a_short_list_keeps_the_defaults_of_what_is_missing():
-    assert read_arguments([True]).request.method == methods()["hidiffusion"]()
+    assert read_arguments([True]).request.method == methods()["auto"]()
     assert read_arguments([True, "hidiffusion", "hires pass"]).request.common.passes == "hires pass"
 
 
@@ -137,6 +137,18 @@ def test_a_grid_cell_wins_over_the_controls_and_switches_on():
     assert asked.notes == ()
     assert read_arguments(values(), {"hidiffusion.t1": 0.2}).request.method.t1 == 0.2
     assert read_arguments([{"method": "hidiffusion", "t1": 0.3}], {"hidiffusion.t1": 0.2}).request.method.t1 == 0.2
+
+
+def test_a_grid_cell_of_one_methods_setting_takes_the_place_of_auto_only():
+    assert read_arguments(values(enabled=True), {"deep_shrink.stop2": 0.7}).request.method.stop2 == 0.7
+    assert read_arguments(values(enabled=True), {"auto.aim": "speed"}).request.method == methods()["auto"](aim="speed")
+    assert read_arguments(values(enabled=True), {"views.overlap": 0.7}).request.method == methods()["auto"]()
+    both = read_arguments(values(enabled=True), {"deep_shrink.stop2": 0.7, "hidiffusion.t1": 0.2})
+    assert both.request.method == methods()["auto"]() and len(both.notes) == 2
+    named = read_arguments(values(enabled=True), {"method": "auto", "deep_shrink.stop2": 0.7})
+    assert named.request.method == methods()["auto"]() and len(named.notes) == 1
+    other = read_arguments(values(enabled=True, method="HiDiffusion"), {"deep_shrink.stop2": 0.7})
+    assert other.request.method == methods()["hidiffusion"]() and len(other.notes) == 1
 
 
 def test_a_grid_cell_with_method_none_is_off():
