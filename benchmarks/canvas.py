@@ -9,11 +9,9 @@ an order that changes from round to round; ratios are to plain sampling in the s
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -25,7 +23,7 @@ from lib_hires.memory import peak_memory
 from lib_hires.methods import methods
 
 from .prepared import Prepared, native_of
-from .speed import about
+from .report import about, add_options, command_of, finish
 
 VARIANTS = {
     "plain": {"method": "none"},
@@ -47,17 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("out/canvas.json"))
+    add_options(parser, "out/canvas.json", "benchmarks.md", "canvas")
     options = parser.parse_args(arguments)
     job = {**JOB_DEFAULTS, "prompt": "a striped red star on a blue background", "checkpoint": options.checkpoint}
     job |= {"device": options.device, "steps": options.steps, "seed": 11, "cfg": 4.0}
     rows = [row for scale in options.scales for row in measure(job, scale, options.rounds)]
     components = Runner(quiet=True).load(job)
-    head = about(components.device, components.dtype)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**head, "rows": rows}, indent=2), encoding="utf-8")
-    print(f"{head['device']}, torch {head['torch']}, {head['date']}, commit {head['commit']}, {options.steps} steps\n")
-    print(table(rows))
+    head = {**about(components.device, components.dtype), "steps": options.steps}
+    finish(options, command_of("benchmarks.canvas", arguments), head, {"rows": rows}, table(rows))
     return 0
 
 

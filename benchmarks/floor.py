@@ -12,10 +12,8 @@ profiler gives them; what neither counts (norms, activations, copies) is "other"
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -24,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lib_hires.engines.runner import DTYPES
 
-from .speed import CALLS, Setup, about, dtype_of, networks_for, timed, wait
+from .report import about, add_options, command_of, finish
+from .speed import CALLS, Setup, dtype_of, networks_for, timed, wait
 
 KINDS = {
     "convolution": ("convolution", "conv2d", "cudnn", "mkldnn_conv", "thnn_conv"),
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=["plain", "ours: HiDiffusion"])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out/floor.json"))
+    add_options(parser, "out/floor.json", "benchmarks.md", "floor")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = dtype_of(options.dtype, device)
@@ -57,10 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setup = Setup(networks_for(device)[layout], scale, options.batch, device, dtype)
             rows += [measure(setup, name, rate, options.rounds) for name in options.variants]
     head = {**about(device, dtype), "matrix_rate": rate}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": head, "rows": rows}, indent=2), encoding="utf-8")
-    print(", ".join(f"{name} {value}" for name, value in head.items()))
-    print(f"\n{table(rows)}")
+    text = f"Matrix rate: {rate / 1e9:.0f} GFLOP/s.\n\n{table(rows)}"
+    finish(options, command_of("benchmarks.floor", arguments), head, {"rows": rows}, text)
     return 0
 
 

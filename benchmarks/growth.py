@@ -10,10 +10,8 @@ until `--limit` seconds are reached; then log(cost) is fitted against log(pixels
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from lib_hires.memory import OUT_OF_MEMORY, peak_memory
 
 from .demo import size_of
 from .prepared import Prepared
-from .speed import about
+from .report import about, add_options, command_of, finish
 
 VARIANTS = {
     "plain": {"method": "none"},
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=float, default=64.0, help="megapixels to end with")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds; a variant that took longer is not enlarged")
     parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--out", type=Path, default=Path("out/growth.json"))
+    add_options(parser, "out/growth.json", "benchmarks.md", "growth")
     options = parser.parse_args(arguments)
     runner = Runner(quiet=True)
     first = {**JOB_DEFAULTS, "prompt": "a red star on a blue background", "checkpoint": options.checkpoint}
@@ -63,11 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rows[-1]["seconds"] > options.limit:
                 break
             megapixels *= 2
-    report = {"about": about(components.device, components.dtype), "rows": rows, "exponents": exponents(rows)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print(", ".join(f"{key} {value}" for key, value in report["about"].items()))
-    print(f"\n{table(rows, report['exponents'])}")
+    found = exponents(rows)
+    head = about(components.device, components.dtype)
+    data = {"rows": rows, "exponents": found}
+    finish(options, command_of("benchmarks.growth", arguments), head, data, table(rows, found))
     return 0
 
 

@@ -37,7 +37,7 @@ from .demo import size_of
 from .mini import judge, scenes, words
 from .mini.autoencoder import to_tensor
 from .prepared import Prepared, native_of
-from .speed import about
+from .report import about, add_options, command_of, finish
 from .subjects import find_subjects
 
 PLAIN, NATIVE, RENDER = "plain", "native", "render"
@@ -95,12 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for scale, aspect, seed in tqdm([(*cell, seed) for cell in cells for seed in seeds], unit="scene", desc="drawing"):
         bench.draw(seed, scale, aspect, settings)
     report = bench.report(cells, seeds, settings)
-    (options.out / "quality.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    text = f"{_head(report)}\n\n{table(report['cells'])}\n"
-    (options.out / "quality.md").write_text(text, encoding="utf-8")
     bench.sheets(cells, seeds, settings)
-    print(text)
-    print(f"Rows, tables, pictures and a contact sheet for each cell are in {options.out}/")
+    folder, options.out = options.out, options.out / "quality.json"
+    text = f"{_head(report)}\n\n{table(report['cells'])}"
+    finish(options, command_of("benchmarks.quality", arguments), bench.about, report, text)
+    print(f"\nRows, tables, pictures and a contact sheet for each cell are in {folder}/")
     return 0
 
 
@@ -115,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", help="names from the table; default: all")
     parser.add_argument("--ablations", action="store_true", help="parts of the methods instead of the methods")
     parser.add_argument("--quick", action="store_true", help="six scenes, 2x, square, five methods")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"))
+    add_options(parser, "out/quality", "quality.md", "quality")
     return parser
 
 
@@ -221,7 +220,6 @@ class Bench:
                 if rows:
                     lines[aspect, times, name] = cell_of(rows, found[RENDER, times])
         return {
-            **self.about,
             "model": self.model,
             "sampling": f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}",
             "judge": judge.accuracy(self.judge),
@@ -335,10 +333,7 @@ def table(cells: Sequence[dict]) -> str:
 
 def _head(report: dict) -> str:
     told = ", ".join(f"{name} {value:.3f}" for name, value in report["judge"].items())
-    return (
-        f"{report['date']}, {report['device']}, torch {report['torch']}, commit {report['commit']}, model {report['model']}, "
-        f"{report['sampling']}. The judge's own accuracy on unseen renders: {told}."
-    )
+    return f"Model {report['model']}, {report['sampling']}. The judge's own accuracy on unseen renders: {told}."
 
 
 def _share(figure: tuple[float, float, float] | None) -> str:

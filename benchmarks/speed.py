@@ -16,14 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -35,6 +30,7 @@ from lib_hires.memory import peak_memory
 from lib_hires.plan.method import Method
 
 from .networks import FULL, REDUCED, Network
+from .report import about, add_options, command_of, finish
 
 CALLS = 10
 """UNet calls of one clock: 4 shrunk and 6 not in the published first regime."""
@@ -260,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: fp16 on cuda, fp32 on a CPU")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes a size)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
+    add_options(parser, "out/bench.json", "benchmarks.md", "speed")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = dtype_of(options.dtype, device)
@@ -271,13 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += measure(setup, options.rounds, options.compiled)
             changes[layout] = setup.install_and_restore(HiDiffusion())
             print(f"{layout} at {scale:g} times its native size, batch {batch}: done", flush=True)
-    head = {**about(device, dtype), "rounds": options.rounds, "calls_a_round": CALLS}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"about": head, "install_and_restore_seconds": changes, "rows": rows}
-    options.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print(", ".join(f"{name} {value}" for name, value in head.items()) + "\n\n" + table(rows))
     told = ", ".join(f"{layout} {seconds * 1e3:.1f} ms" for layout, seconds in changes.items())
-    print(f"\nInstalling HiDiffusion and restoring the network: {told}")
+    text = f"{table(rows)}\n\nInstalling HiDiffusion and restoring the network: {told}."
+    head = {**about(device, dtype), "rounds": options.rounds, "calls_a_round": CALLS}
+    data = {"install_and_restore_seconds": changes, "rows": rows}
+    finish(options, command_of("benchmarks.speed", arguments), head, data, text)
     return 0
 
 
@@ -289,31 +283,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def networks_for(device: torch.device) -> dict[str, Network]:
     """Full widths on CUDA, reduced ones elsewhere."""
     return FULL if device.type == "cuda" else REDUCED
-
-
-def about(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
-    """When, where and with what something was measured."""
-    return {
-        "date": date.today().isoformat(),
-        "device": _device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":
