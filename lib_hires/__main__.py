@@ -24,8 +24,10 @@ def main() -> int:
         )
         return 2
     except KeyboardInterrupt:
+        from .cli import INTERRUPTED
+
         print("Hires Lab: interrupted.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from .config.settings import Settings, schema
 from .methods import NONE, methods
 from .plan.method import Method, owned_rows, owners
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells count it."""
 JOB_DEFAULTS: dict[str, Any] = {
     "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
     "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
@@ -92,15 +97,47 @@ def generate(options: argparse.Namespace) -> int:
             print("\n".join(runner.plan(job)))
         return 0
     _check_outputs(jobs)
+    interrupt = Interrupt()
     for number, job in enumerate(jobs, start=1):
-        report = runner.draw(job)
+        with interrupt:
+            report = runner.draw(job, stopped=interrupt)
         print(
             f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
             f"{report['unet_calls']} UNet calls, {report['peak_memory'] / 2**20:.0f} MiB"
         )
         for note in report["notes"]:
             print("  " + note)
+        if interrupt():
+            return INTERRUPTED
     return 0
+
+
+class Interrupt:
+    """Ctrl-C while a picture is drawn: the first asks for the picture so far, the second raises `KeyboardInterrupt`.
+
+    A context manager around drawing; called, it says whether it was asked.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._before = False, None
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._stop)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _stop(self, *_call: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nHires Lab: the picture so far will be written; once more drops it.", file=sys.stderr)
 
 
 def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The command line, run as a user runs it, with the bundled checkpoint at small sizes."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lib_hires.__main__ import main
 from lib_hires.cli import complete, read_jobs, run
 from lib_hires.config import HiresError, SettingError, UnknownSetting
 from lib_hires.config.infotext import read_parameters
+from lib_hires.engines import runner
 from lib_hires.request import Request
 
 SMALL = ["--width", "128", "--height", "104", "--steps", "2", "--quiet"]
@@ -271,6 +274,42 @@ def test_a_webuis_picture_is_repeated_with_its_sampler_and_not_by_another_model(
     assert complete({"from_image": image}, {})["sampler"] == "dpmpp_2m_karras"
     with pytest.raises(HiresError, match="drawn by the model 'dream'"):
         run(["generate", "--from-image", image, "--out", str(tmp_path / "q.png"), "--quiet"])
+
+
+def pressing(monkeypatch, *steps):
+    """Ctrl-C after these steps."""
+    monkeypatch.setattr(
+        runner,
+        "_advance",
+        lambda bar: lambda done, _: [signal.raise_signal(signal.SIGINT) for step in steps if step == done],
+    )
+
+
+def test_ctrl_c_writes_the_picture_so_far_and_starts_no_other_job(out, tmp_path, monkeypatch, capsys):
+    pressing(monkeypatch, 2)
+    jobs, before = tmp_path / "jobs.jsonl", signal.getsignal(signal.SIGINT)
+    names = [str(tmp_path / f"{number}.png") for number in range(3)]
+    jobs.write_text("\n".join(json.dumps({"prompt": "a red star", "out": name}) for name in names))
+    assert run(["generate", "--jobs", str(jobs), *SMALL, "--steps", "5"]) == 130
+    assert [Path(name).exists() for name in names] == [True, False, False]
+    told = capsys.readouterr()
+    assert "interrupted in stage 1 of 1, call 3 of 5" in told.out and "will be written" in told.err
+    with Image.open(names[0]) as picture:
+        assert read_parameters(picture.info["parameters"])[2]["HL Interrupted"] == "stage 1 of 1, call 3 of 5"
+        assert picture.size == (128, 104)
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    run(["generate", "--from-image", names[0], "--quiet", "--out", str(out)])
+    with Image.open(out) as picture:
+        assert "HL Interrupted" not in picture.info["parameters"]
+
+
+def test_ctrl_c_twice_drops_the_picture(out, monkeypatch):
+    pressing(monkeypatch, 2, 2)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run([*DRAW, "--steps", "5", "--out", str(out)])
+    assert not out.exists() and signal.getsignal(signal.SIGINT) is before
 
 
 def test_running_out_of_memory_is_a_sentence(monkeypatch, out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,15 @@ def predict(denoiser, x: torch.Tensor, t: torch.Tensor, job: Job) -> torch.Tenso
         return denoiser(x, t)
     negative, positive = denoiser(torch.cat([x, x]), t).chunk(2)
     return negative + job.cfg * (positive - negative)
+
+
+def clean(x: torch.Tensor, prediction: torch.Tensor, sigma: float, kind: str) -> torch.Tensor:
+    """What a call holds for the picture: x_0 of its scaled latents x = sqrt(a) x_0 + sqrt(1 - a) e, a = 1 / (1 + sigma^2).
+
+    kind: "epsilon" or "v_prediction" (v = sqrt(a) e - sqrt(1 - a) x_0).
+    """
+    kept, noisy = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2) if math.isfinite(sigma) else 1.0
+    return kept * x - noisy * prediction if kind == "v_prediction" else (x - noisy * prediction) / kept
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..stages.progressive import Progressive, StageRun
 from ..unet.attention_maps import AttentionMaps
 from . import samplers
 from .components import Components
-from .denoiser import Denoiser, NoSession, count_calls, predict
+from .denoiser import Denoiser, NoSession, clean, count_calls, predict
 from .job import Job
 from .staged import CanvasDenoiser, encode_windows
 
@@ -25,9 +26,24 @@ NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no Control
 
 
 class Drawing:
-    """One job while it is drawn: its stages, the attention maps that later stages need, the reports."""
+    """One job while it is drawn: its stages, the attention maps that later stages need, the reports.
 
-    def __init__(self, engine, job: Job, session, on_step, stages, records: Records, on_latents=None, denoiser=None):
+    `interrupted`: in words, where it was stopped before its end; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        engine,
+        job: Job,
+        session,
+        on_step,
+        stages,
+        records: Records,
+        on_latents=None,
+        denoiser=None,
+        stopped: Callable[[], bool] = lambda: False,
+    ):
+        self.stopped, self.interrupted = stopped, ""
         self.engine, self.job, self.stages, self.records = engine, job, stages, records
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents
@@ -50,7 +66,8 @@ class Drawing:
 
     def draw(self) -> torch.Tensor:
         """Run all stages: latents (B, 4, h, w) fp32 on the device."""
-        return Progressive(self.stages, self.job.seeds, self.records, self.prepare).run(self.sample)
+        progressive = Progressive(self.stages, self.job.seeds, self.records, self.prepare)
+        return progressive.run(self.sample, lambda: bool(self.interrupted))
 
     def prepare(self, stage_run: StageRun) -> None:
         """Window prompts from the first stage's attention maps, edges from the picture of the stage before."""
@@ -105,7 +122,12 @@ class Drawing:
             if stage_run.canvas is not None:
                 denoiser.at(moment, step, run.steps - run.positions[first])
                 latents = stage_run.pull(latents, moment, run.initial_sigma == 1)
-            prediction = predict(denoiser, run.scaled(latents, call), timesteps[call], job)
+            scaled = run.scaled(latents, call)
+            prediction = predict(denoiser, scaled, timesteps[call], job)
+            if self.stopped():
+                place = f"call {call + 1 - first} of {len(run.timesteps) - first}"
+                self.interrupted = f"stage {stage_run.number + 1} of {len(self.stages)}, {place}"
+                return clean(scaled, prediction, moment.sigma, self.engine.components.prediction_type)
             latents = run.step(prediction, latents, call, generators)
             if self.on_latents:
                 self.on_latents(stage_run.number, call, latents)

@@ -64,7 +64,7 @@ class Result:
     """What came out. `images`: B PIL pictures; `latents`: (B, 4, h, w) fp32 on the CPU, as the autoencoder's scaled latents;
 
     `stages`: for each sampling run its width, height, unet_calls and seconds; `seconds`: everything, text and decoding
-    included; `peak_memory`: bytes (see `memory.peak_memory`).
+    included; `peak_memory`: bytes (see `memory.peak_memory`); `interrupted`: where it was stopped, empty where it was not.
     """
 
     images: list[Image.Image]
@@ -74,3 +74,4 @@ class Result:
     seconds: float = 0.0
     peak_memory: int = 0
     notes: list[str] = field(default_factory=list)
+    interrupted: str = ""

@@ -17,14 +17,18 @@ from ..config.infotext import PNG_KEY, read_parameters, write_parameters
 from ..request import Request
 from . import samplers
 
+INTERRUPTED_KEY = "HL Interrupted"
 _KEYS = {"steps": "Steps", "sampler": "Sampler", "cfg": "CFG scale", "seed": "Seed"}
 
 
-def parameters_of(job: Mapping[str, Any], request: Request, index: int, model: str, version: str) -> str:
-    """The infotext of picture `index` of a job: alone it repeats that picture."""
+def parameters_of(
+    job: Mapping[str, Any], request: Request, index: int, model: str, version: str, interrupted: str = ""
+) -> str:
+    """The infotext of picture `index` of a job: alone it repeats that picture, as a whole where it was `interrupted`."""
     keys = {label: job[name] for name, label in _KEYS.items()}
     keys["Seed"] = job["seed"] + index
     keys |= {"Size": f"{job['width']}x{job['height']}", "Model": model, **request.to_infotext()}
+    keys |= {INTERRUPTED_KEY: interrupted} if interrupted else {}
     return write_parameters(job["prompt"], job["negative"], {**keys, "Version": f"Hires Lab {version}"})
 
 

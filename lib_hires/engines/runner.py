@@ -49,19 +49,27 @@ class Runner:
         lines = [head, *filter(None, [request.note]), *_plan_lines(engine, engine_job, session, stages)]
         return lines + engine.estimate(engine_job, session, stages)
 
-    def draw(self, job: Mapping[str, Any], on_step: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def draw(
+        self,
+        job: Mapping[str, Any],
+        on_step: Callable[[int, int], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
         """Draw a job's pictures, write them and its report, and return the report.
 
-        `on_step(done, steps)` is called after each step; without it a progress bar is shown unless `quiet`.
+        `on_step(done, steps)` is called after each step; without it a progress bar is shown unless `quiet`. Where `stopped()`
+        becomes true the pictures so far are written.
         """
         components, request, engine_job, session = self._prepare(job)
         with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
             stages = stages_of(components, request, engine_job, session)
             control = load_control(job.get("controlnet"), components)
-            result = _generate(
-                Engine(components, control, decode_bytes_of(job)), engine_job, session, stages, on_step or _advance(bar)
-            )
-        texts = [parameters_of(job, request, i, components.path.stem, __version__) for i in range(engine_job.batch)]
+            engine = Engine(components, control, decode_bytes_of(job))
+            result = _generate(engine, engine_job, session, stages, on_step or _advance(bar), stopped)
+        texts = [
+            parameters_of(job, request, i, components.path.stem, __version__, result.interrupted)
+            for i in range(engine_job.batch)
+        ]
         files = [str(name) for name in picture_names(Path(job["out"]), engine_job.batch)]
         for picture, name, text in zip(result.images, files, texts):
             save(picture, Path(name), text)
@@ -125,10 +133,11 @@ def _generate(
     session: Session | None,
     stages: tuple[Stage, ...],
     on_step: Callable[[int, int], None],
+    stopped: Callable[[], bool],
 ) -> Result:
     """`Engine.generate`, with a sentence for the likeliest failure of all."""
     try:
-        return engine.generate(job, session, on_step, stages)
+        return engine.generate(job, session, on_step, stages, stopped=stopped)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, OUT_OF_MEMORY)) and "allocate memory" not in str(error):
             raise
@@ -256,7 +265,8 @@ def report_of(
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
         "routes": dict(session.ran) if session else {},
-        "notes": notes_of(request, session) + result.notes,
+        "interrupted": result.interrupted,
+        "notes": notes_of(request, session) + result.notes + _interrupted_in_words(result),
     }
 
 
@@ -270,6 +280,13 @@ def notes_of(request: Request, session: Session | None) -> list[str]:
             f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."
         ]
     return notes
+
+
+def _interrupted_in_words(result: Result) -> list[str]:
+    if not result.interrupted:
+        return []
+    width, height = result.images[0].size
+    return [f"interrupted in {result.interrupted}: the picture is what there was by then, {width}x{height}."]
 
 
 def _advance(bar: tqdm) -> Callable[[int, int], None]:

@@ -56,13 +56,15 @@ class Engine:
         stages: Sequence[Stage] | None = None,
         records: Records | None = None,
         on_latents: Callable[[int, int, torch.Tensor], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Draw a job's pictures.
 
         `session`: a context manager opened around each sampling loop, whose `at(timestep=, step=, steps=)` is called
         just before each call of the denoiser; `on_step(i, n)`: called after the i-th of n steps of all stages (1-based);
         `stages`: sampling runs up to the job's size (plain sampling without); `records`: draws to replay, by purpose (see
-        `randomness.PURPOSES`); `on_latents(stage, call, latents)`: called after each call with the sampler's state.
+        `randomness.PURPOSES`); `on_latents(stage, call, latents)`: called after each call with the sampler's state;
+        `stopped()`: asked in each call; where it is true the picture is what that call holds for it, at its stage's size.
         Raises `SettingError` for a size that is no multiple of the autoencoder's factor.
         """
         started = time.perf_counter()
@@ -70,7 +72,7 @@ class Engine:
         stages = tuple(stages or (Stage((job.height // factor, job.width // factor)),))
         with peak_memory(self.components.device) as peak, torch.no_grad():
             self.check(job)
-            run = Drawing(self, job, session, on_step, stages, records or {}, on_latents)
+            run = Drawing(self, job, session, on_step, stages, records or {}, on_latents, stopped=stopped)
             latents = run.draw()
             images = self.decode(latents, stages[-1].wrap)
         return Result(
@@ -81,6 +83,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             peak_memory=peak.bytes,
             notes=run.notes,
+            interrupted=run.interrupted,
         )
 
     def sample(self, job: Job, denoiser, session=None, on_step=None) -> tuple[torch.Tensor, dict]:

@@ -18,6 +18,7 @@ from lib_hires.canvas.multidiffusion import MultiDiffusion
 from lib_hires.config import Common
 from lib_hires.config.errors import SettingError
 from lib_hires.engines import checkpoint, samplers
+from lib_hires.engines.denoiser import clean
 from lib_hires.engines.standalone import Engine, Job
 from lib_hires.plan.models import FAMILIES, Model
 from lib_hires.plan.tiling import CanvasPlan, Cosines, Stage
@@ -407,3 +408,39 @@ def test_memory_that_runs_out_halves_the_views_at_once_and_the_picture_is_the_sa
     found = draw(engine, DemoFusion(tile_batch=16), (16, 16))
     assert torch.equal(found.latents, wanted.latents)
     assert max(x.shape[0] for x in network.inputs[-4:]) <= 6
+
+
+# Stopping -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
+def test_what_a_call_holds_for_the_picture_is_what_the_noise_was_added_to(kind, sigma):
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn((1, 4, 8, 8), generator=generator, dtype=torch.float64) for _ in range(2))
+    kept, noisy = (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+    x = kept * picture + noisy * noise
+    prediction = noise if kind == "epsilon" else kept * noise - noisy * picture
+    assert torch.allclose(clean(x, prediction, sigma, kind), picture, atol=1e-10)
+
+
+def test_at_infinite_sigma_a_v_prediction_is_the_picture_turned_round():
+    v = torch.randn(1, 4, 8, 8)
+    assert torch.equal(clean(torch.randn(1, 4, 8, 8), v, float("inf"), "v_prediction"), -v)
+
+
+@pytest.mark.parametrize(
+    ("at", "told", "size"), [(2, "stage 1 of 2, call 3 of 4", (8, 8)), (4, "stage 2 of 2, call 1 of 2", (16, 16))]
+)
+def test_a_stopped_run_gives_what_there_is_at_its_stages_size(around, at, told, size):
+    engine, seen = around()[0], []
+    result = engine.generate(
+        job_of((16, 16), steps=4),
+        stages=stages_of(DemoFusion(), (16, 16)),
+        on_latents=lambda stage, call, latents: seen.append(stage),
+        stopped=lambda: len(seen) == at,
+    )
+    assert result.interrupted == told and len(seen) == at
+    assert tuple(result.latents.shape[-2:]) == size and torch.isfinite(result.latents).all()
+    whole = engine.generate(job_of((16, 16), steps=4), stages=stages_of(DemoFusion(), (16, 16)))
+    assert not whole.interrupted
