@@ -29,8 +29,7 @@ INTERRUPTED = 130
 JOB_DEFAULTS: dict[str, Any] = {
     "prompt": None, "negative": "", "width": 512, "height": 512, "method": NONE, "set": {}, "steps": 20, "cfg": 7.0,
     "sampler": "euler", "seed": 0, "batch": 1, "checkpoint": None, "device": "auto", "dtype": "auto", "out": None,
-    "report": None, "from_image": None, "controlnet": None,
-    "decode_memory": 0,
+    "report": None, "from_image": None, "init_image": None, "denoise": 0.5, "controlnet": None, "decode_memory": 0,
 }  # fmt: skip
 HELP = {
     "prompt": "what to draw",
@@ -51,6 +50,8 @@ HELP = {
     "report": "a JSON report to write",
     "controlnet": "a Canny ControlNet for AccDiffusion v2: a diffusers folder or a file",
     "decode_memory": "MiB that decoding may take beside the weights, 0 for what is free: larger pictures come in exact tiles",
+    "init_image": "a picture to start from, enlarged and cropped to width and height, which are its own unless given",
+    "denoise": "with --init-image: the share of the steps that are run",
     "from_image": "repeat the picture of this file from the infotext in it; other flags override",
 }
 
@@ -145,16 +146,23 @@ def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     given = {**flags, **line}
     given["set"] = {**_settings_of(flags), **_settings_of(line)}
     _check_kinds(given)
-    base = dict(JOB_DEFAULTS)
+    repeated = {}
     if given.get("from_image"):
         from .engines.pictures import job_of_picture
 
-        base |= job_of_picture(Path(given["from_image"]))
+        repeated = job_of_picture(Path(given["from_image"]))
+    base = JOB_DEFAULTS | repeated
     job = {**base, **given}
     kept = base["set"] if job["method"] == base["method"] else {}
     job["set"] = {**kept, **given["set"]}
     if not job["prompt"]:
         raise HiresError("'prompt' is missing. Add --prompt TEXT or --from-image FILE.png.")
+    if job.get("started_from") and not job["init_image"]:
+        raise HiresError(f"'from_image' was drawn from the picture '{job['started_from']}'. Add --init-image FILE.")
+    if job["init_image"] and not {"width", "height"} & {*given, *repeated}:
+        from .engines.pictures import size_of_picture
+
+        job["width"], job["height"] = size_of_picture(job["init_image"])
     return job
 
 

@@ -56,8 +56,8 @@ class Common(Settings):
         choices=(NOISE_LEVEL, STEP_FRACTION),
     )
 
-    def wants_pass(self, is_hires: bool, width: int, height: int) -> bool:
-        """Whether a pass at `width` x `height` pixels is to be changed."""
+    def wants_pass(self, is_hires: bool, width: int, height: int, only: bool = False) -> bool:
+        """Whether a pass at `width` x `height` pixels is to be changed. only: there is no other (img2img)."""
         if self.passes == ABOVE:
             return width * height >= self.threshold * 1e6
-        return self.passes == BOTH or (self.passes == HIRES) == is_hires
+        return only or self.passes == BOTH or (self.passes == HIRES) == is_hires

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ..plan.route import Size
-from ..plan.tiling import Stage
+from ..plan.tiling import Stage, first_size
 from ..randomness import Records
 from ..stages.edge_hints import edge_hint
 from ..stages.progressive import Progressive, StageRun
+from ..stages.window_prompts import looks
 from ..unet.attention_maps import AttentionMaps
 from . import samplers
 from .components import Components
@@ -47,7 +49,8 @@ class Drawing:
         self.engine, self.job, self.stages, self.records = engine, job, stages, records
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents
-        wanted = [stage.canvas for stage in stages[1:] if stage.canvas]
+        self.number = 1 if job.started else 0  # of the first stage here: the picture that is given was stage 0
+        wanted = [stage.canvas for number, stage in enumerate(stages, self.number) if number and stage.canvas]
         if any(c.skip_residual for c in wanted):
             samplers.check_stages(job.sampler)
         self.denoiser = engine.denoiser(job) if denoiser is None else denoiser
@@ -55,7 +58,7 @@ class Drawing:
         self.reports: list[dict] = []
         self.notes: list[str] = []
         self.done = 0
-        self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages))
+        self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages, self.number))
         self.maps = AttentionMaps(engine.components.unet) if any(c.window_prompts for c in wanted) else None
         if any(c.edges for c in wanted) and engine.control is None:
             self.notes.append(NO_CONTROL)
@@ -67,7 +70,35 @@ class Drawing:
     def draw(self) -> torch.Tensor:
         """Run all stages: latents (B, 4, h, w) fp32 on the device."""
         progressive = Progressive(self.stages, self.job.seeds, self.records, self.prepare)
+        if self.job.started:
+            return self.refine(progressive)
         return progressive.run(self.sample, lambda: bool(self.interrupted))
+
+    def refine(self, progressive: Progressive) -> torch.Tensor:
+        """The last stage alone, from the latents of the job's picture."""
+        stage = self.stages[-1]
+        self.latents = self.engine.encode(self.job.init, stage.size).expand(self.job.batch, -1, -1, -1)
+        if self.maps is not None:
+            self.look(self.latents)
+        run = progressive.started(stage, self.number, self.latents, progressive.noise(stage, self.number, self.latents))
+        self.prepare(run)
+        return self.sample(run)
+
+    def look(self, latents: torch.Tensor) -> None:
+        """Gather attention maps of a picture that no stage here has drawn."""
+        native = self.session.model.native // self.engine.components.factor
+        size, _ = first_size(tuple(latents.shape[-2:]), native)
+        noise, _ = self.engine.noise(self.job, size)
+        denoiser, device = _fitted(self.denoiser, size), latents.device
+        with self.maps:
+            for timestep, state in looks(latents, size, noise, self.engine.schedule()):
+                self.gather()
+                predict(denoiser, state, torch.tensor(float(timestep), device=device), self.job)
+
+    def gather(self) -> None:
+        """Tell open attention maps whose the rows of the next call are."""
+        if self.maps is not None and self.maps.is_open:
+            self.maps.rows([None] * (len(self.images) - self.job.batch) + list(range(self.job.batch)))
 
     def prepare(self, stage_run: StageRun) -> None:
         """Window prompts from the first stage's attention maps, edges from the picture of the stage before."""
@@ -117,8 +148,7 @@ class Drawing:
             moment = schedule.moment(timestep=run.timesteps[call])
             step = run.positions[call] - run.positions[first]
             self.session.at(timestep=moment.timestep, step=run.positions[call], steps=run.steps)
-            if self.maps is not None and self.maps.is_open:
-                self.maps.rows([None] * (len(self.images) - job.batch) + list(range(job.batch)))
+            self.gather()
             if stage_run.canvas is not None:
                 denoiser.at(moment, step, run.steps - run.positions[first])
                 latents = stage_run.pull(latents, moment, run.initial_sigma == 1)
@@ -126,7 +156,7 @@ class Drawing:
             prediction = predict(denoiser, scaled, timesteps[call], job)
             if self.stopped():
                 place = f"call {call + 1 - first} of {len(run.timesteps) - first}"
-                self.interrupted = f"stage {stage_run.number + 1} of {len(self.stages)}, {place}"
+                self.interrupted = f"stage {stage_run.number - self.number + 1} of {len(self.stages)}, {place}"
                 return clean(scaled, prediction, moment.sigma, self.engine.components.prediction_type)
             latents = run.step(prediction, latents, call, generators)
             if self.on_latents:
@@ -149,7 +179,7 @@ def _fitted(denoiser, size: Size):
 def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
     """(the sampler set to its steps, the first call that a stage runs, the steps that it runs)."""
     run = samplers.make(job.sampler, components, job.steps)
-    if not number:
+    if not number and not job.started:
         return run, 0, run.steps
-    steps = stage.steps_of(run.steps)
+    steps = (replace(stage, strength=job.denoise) if job.started else stage).steps_of(run.steps)
     return run, run.begin(run.steps - steps), steps

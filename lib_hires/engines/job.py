@@ -18,6 +18,9 @@ MAX_BATCH = 1024
 class Job:
     """One request. `width`, `height`: pixels; `batch` pictures have the seeds `seed`, `seed` + 1, ...
 
+    `init`: a picture to start from (img2img), which is enlarged and cropped to the size; `denoise`: the share of the steps that
+    are then run.
+
     Raises `SettingError` for a value outside its range.
     """
 
@@ -30,6 +33,8 @@ class Job:
     sampler: str = "euler"
     seed: int = 0
     batch: int = 1
+    init: Image.Image | None = None
+    denoise: float = 0.5
 
     def __post_init__(self):
         for name, low, high in (
@@ -39,6 +44,7 @@ class Job:
             ("cfg", 0, 100),
             ("batch", 1, MAX_BATCH),
             ("seed", 0, MAX_SEED),
+            ("denoise", 0.01, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -52,6 +58,11 @@ class Job:
     def seeds(self) -> list[int]:
         """The seed of each picture."""
         return [(self.seed + index) % MAX_SEED for index in range(self.batch)]
+
+    @property
+    def started(self) -> bool:
+        """Whether it begins with a picture (img2img)."""
+        return self.init is not None
 
     @property
     def guided(self) -> bool:

@@ -8,16 +8,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..config.codecs import from_argv
 from ..config.errors import HiresError, SettingError
 from ..config.infotext import PNG_KEY, read_parameters, write_parameters
+from ..plan.models import LATENT_FACTOR
 from ..request import Request
 from . import samplers
 
-INTERRUPTED_KEY = "HL Interrupted"
+INTERRUPTED_KEY, STARTED_KEY, DENOISE_KEY = "HL Interrupted", "HL Started from", "Denoising strength"
 _KEYS = {"steps": "Steps", "sampler": "Sampler", "cfg": "CFG scale", "seed": "Seed"}
 
 
@@ -29,6 +30,8 @@ def parameters_of(
     keys["Seed"] = job["seed"] + index
     keys |= {"Size": f"{job['width']}x{job['height']}", "Model": model, **request.to_infotext()}
     keys |= {INTERRUPTED_KEY: interrupted} if interrupted else {}
+    if job.get("init_image"):
+        keys |= {DENOISE_KEY: job["denoise"], STARTED_KEY: Path(job["init_image"]).name}
     return write_parameters(job["prompt"], job["negative"], {**keys, "Version": f"Hires Lab {version}"})
 
 
@@ -55,6 +58,20 @@ def whole_file(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def init_picture(path: str) -> Image.Image:
+    """The picture that a job starts from, upright. Raises `SettingError` where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        raise SettingError("init_image", path, "a picture that can be read", f"{error}.") from error
+
+
+def size_of_picture(path: str) -> tuple[int, int]:
+    """Its width and height in pixels, each rounded to a whole latent."""
+    return tuple(max(1, round(length / LATENT_FACTOR)) * LATENT_FACTOR for length in init_picture(path).size)
+
+
 def job_of_picture(path: Path) -> dict[str, Any]:
     """The job in a picture's infotext. Raises `HiresError` where there is none."""
     try:
@@ -73,6 +90,8 @@ def job_of_picture(path: Path) -> dict[str, Any]:
     for name, kind in (("steps", int), ("cfg", float), ("seed", int)):
         if _KEYS[name] in keys:
             job[name] = _number(_KEYS[name], keys[_KEYS[name]], kind)
+    if STARTED_KEY in keys:
+        job |= {"started_from": keys[STARTED_KEY], "denoise": _number(DENOISE_KEY, keys.get(DENOISE_KEY, ""), float)}
     if _KEYS["sampler"] in keys:
         job["sampler"] = samplers.name_of(keys[_KEYS["sampler"]], keys.get("Schedule type", ""))
     return job

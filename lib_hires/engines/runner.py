@@ -23,12 +23,13 @@ from ..unet.session import Session
 from . import samplers
 from .checkpoint import load
 from .components import Components
-from .pictures import parameters_of, save, whole_file
+from .drawing import stage_sampler
+from .pictures import init_picture, parameters_of, save, whole_file
 from .standalone import Engine, Job, Result
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
-_JOB_FIELDS = ("prompt", "negative", "width", "height", "steps", "cfg", "sampler", "seed", "batch")
+_JOB_FIELDS = ("prompt", "negative", "width", "height", "steps", "cfg", "sampler", "seed", "batch", "denoise")
 
 
 class Runner:
@@ -99,14 +100,15 @@ class Runner:
 
 def _plan_lines(engine: Engine, job: Job, session: Session | None, stages: tuple[Stage, ...]) -> list[str]:
     """What each UNet call or stage is, in words."""
-    run = samplers.make(job.sampler, engine.components, job.steps)
+    run, first, _ = stage_sampler(job, engine.components, stages[0], 0)
     if session is None:
-        return [f"{len(run.timesteps)} denoiser calls, the UNet unchanged."]
+        return [f"{len(run.timesteps) - first} denoiser calls, the UNet unchanged."]
     if len(stages) > 1 or stages[0].canvas:
         lines = describe_stages(stages, engine.calls(job, stages))
         return lines + [f"inside views: {method.title}" for method in session.methods]
     schedule = engine.schedule()
-    levels = [Level(schedule.progress(t), run.positions[call], run.steps) for call, t in enumerate(run.timesteps)]
+    calls = range(first, len(run.timesteps))
+    levels = [Level(schedule.progress(run.timesteps[call]), run.positions[call], run.steps) for call in calls]
     return describe_plan(session.model, stages[0].size, session.plan_for(stages[0].size), levels)
 
 
@@ -148,18 +150,22 @@ def _generate(
 
 def session_for(components: Components, request: Request, job: Job) -> Session | None:
     """The session of a job; None for plain sampling, and where the request is for a pass that this is not."""
-    if request.method is None or not request.common.wants_pass(False, job.width, job.height):
+    if request.method is None or not _wants(request, job):
         return None
     return _session(components, request, job, unet_methods(request.method))
 
 
 def resolved(components: Components, request: Request, job: Job) -> Request:
     """The request, an automatic method replaced by the one that it chooses for this model and size."""
-    if not (request.is_automatic and request.common.wants_pass(False, job.width, job.height)):
+    if not (request.is_automatic and _wants(request, job)):
         return request
     model = _session(components, request, job, ()).model
     size = (job.height // components.factor, job.width // components.factor)
-    return request.resolved(model, Wanted(size, stages=samplers.keeps_state(job.sampler)))
+    return request.resolved(model, Wanted(size, job.started, stages=samplers.keeps_state(job.sampler)))
+
+
+def _wants(request: Request, job: Job) -> bool:
+    return request.common.wants_pass(False, job.width, job.height, only=job.started)
 
 
 def _session(components: Components, request: Request, job: Job, methods: Sequence[Method]) -> Session:
@@ -180,7 +186,7 @@ def stages_of(components: Components, request: Request, job: Job, session: Sessi
     size = (job.height // components.factor, job.width // components.factor)
     if session is None:
         return (Stage(size),)
-    return request.method.stages(session.model, size, request.common)
+    return request.method.stages(session.model, size, request.common, started=job.started)
 
 
 def schedule_of(components: Components) -> NoiseSchedule:
@@ -233,9 +239,10 @@ def engine_job_of(job: Mapping[str, Any]) -> Job:
     for name in ("width", "height", "steps", "seed", "batch"):
         if isinstance(values[name], bool) or not isinstance(values[name], int):
             raise SettingError(name, values[name], "a whole number")
-    if isinstance(values["cfg"], bool) or not isinstance(values["cfg"], (int, float)):
-        raise SettingError("cfg", values["cfg"], "a number")
-    return Job(**values)
+    for name in ("cfg", "denoise"):
+        if isinstance(job[name], bool) or not isinstance(job[name], (int, float)):
+            raise SettingError(name, job[name], "a number")
+    return Job(**values, init=init_picture(job["init_image"]) if job.get("init_image") else None)
 
 
 def picture_names(out: Path, batch: int) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..config.errors import HiresError, SettingError
 from ..memory import free_bytes, peak_memory
@@ -173,6 +173,14 @@ class Engine:
         scaled = (latents / self.components.scaling_factor).to(device=self.components.device, dtype=vae.dtype)
         with tiled(vae.decoder, **self.decode_tiles(scaled.shape)), wrapped(vae.decoder, wrap):
             return [to_image(vae.decode(each[None], return_dict=False)[0][0]) for each in scaled]
+
+    @torch.no_grad()
+    def encode(self, picture: Image.Image, size: Size) -> torch.Tensor:
+        """A picture, enlarged and cropped to `size` (height, width in latents), as a latent (1, 4, h, w) fp32 on the device."""
+        vae, (height, width) = self.components.vae, (length * self.components.factor for length in size)
+        fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+        return vae.encode(pixels).latent_dist.mode().float() * self.components.scaling_factor
 
     def decode_tiles(self, shape: Sequence[int]) -> dict[str, int]:
         """Arguments of `vae.tiled` for latents (B, C, h, w): above which size tiles are taken, and how large they are.

@@ -186,10 +186,9 @@ class A1111:
 
 
 def _wants(request: Request, p: Any, width: int, height: int) -> bool:
-    """`Common.wants_pass`; img2img has one pass only, which only the threshold can leave out."""
-    if hasattr(p, "init_images") and request.common.passes != ABOVE:
-        return True
-    return request.common.wants_pass(bool(getattr(p, "is_hr_pass", False)), width, height)
+    """Whether a pass of this job is to be changed."""
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    return request.common.wants_pass(is_hires, width, height, only=hasattr(p, "init_images"))
 
 
 def _why_nothing(job: Job) -> str:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..canvas.canvas import Canvas
 from ..canvas.masks import kept_words, word_masks
 from ..canvas.words import Word, join
+from ..plan.route import Size
+from ..schedule import NoiseSchedule
+
+LOOKS = (800, 600, 400, 200)
+"""Timesteps at which a picture that is given is looked at for attention maps."""
+
+
+def looks(latents: Tensor, size: Size, noise: Tensor, schedule: NoiseSchedule) -> Iterator[tuple[int, Tensor]]:
+    """(timestep, scaled latents) to call the network with while it gathers maps of a picture that is given.
+
+    latents: (B, C, H, W), clean; size: to look at them in; noise: (B, C, *size).
+    """
+    small = F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True)
+    for timestep in LOOKS:
+        sigma = schedule.sigma(timestep)
+        yield timestep, (small + sigma * noise) / (sigma**2 + 1) ** 0.5
 
 
 def window_texts(

@@ -24,13 +24,12 @@ from ...plan.tiling import Stage, first_size
 from ...request import Request
 from ...schedule import NoiseSchedule
 from ...stages.progressive import Progressive, StageRun
+from ...stages.window_prompts import looks
 from ...unet.attention_maps import AttentionMaps
 from . import control, samplers
 from .window_words import Prompts
 
 STAGES_KEY = "HL Stages"
-LOOKS = (800, 600, 400, 200)
-"""Timesteps at which a picture that is given is looked at for attention maps."""
 
 
 def call_of(original: Callable[..., Tensor], args: tuple, kwargs: dict) -> inspect.BoundArguments:
@@ -231,19 +230,17 @@ class Pass:
         size, _ = first_size(tuple(self.told["x"].shape[-2:]), self.model.native // LATENT_FACTOR)
         parts, context = prompt_parser.reconstruct_multicond_batch(self.told["conditioning"], 0)
         rows = [image for image, each in enumerate(parts) for _ in each]
-        small = F.interpolate(self.told["x"].float(), size=size, mode="bicubic", antialias=True)[rows]
-        noise = self._noise(size).to(small)[rows]
+        clean = self.told["x"].float()[rows]
+        noise = self._noise(size).to(clean)[rows]
         picture = self.told["image_conditioning"]
         if picture is not None and tuple(picture.shape[-2:]) == tuple(self.told["x"].shape[-2:]):
             picture = F.interpolate(picture.float(), size=size, mode="bilinear", antialias=True).to(picture)
         told = self._conditioning(context, None if picture is None else picture[rows])
         schedule = NoiseSchedule(shared.sd_model.alphas_cumprod.tolist())
         with control.Silent(self.p), self.maps:
-            for timestep in LOOKS:
-                sigma = schedule.sigma(timestep)
-                state = (small + sigma * noise) / (sigma**2 + 1) ** 0.5
+            for timestep, state in looks(clean, size, noise, schedule):
                 self.maps.rows(range(len(rows)))
-                when = torch.full((len(rows),), float(timestep), device=small.device)
+                when = torch.full((len(rows),), float(timestep), device=clean.device)
                 shared.sd_model.apply_model(state.to(self.told["x"]), when, told)
 
     def _noise(self, size: Size) -> Tensor:

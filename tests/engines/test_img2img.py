@@ -1,0 +1,155 @@
+"""A picture to start from: by every method, alone and in a batch, as much of the run as was asked for."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lib_hires.cli import run
+from lib_hires.config.errors import HiresError, SettingError
+from lib_hires.config.infotext import read_parameters
+from lib_hires.engines.job import Job
+from lib_hires.engines.runner import resolved, session_for, stages_of
+from lib_hires.engines.standalone import Engine
+from lib_hires.request import Request
+
+METHODS = [
+    "none",
+    "hidiffusion",
+    "deep_shrink",
+    "multidiffusion",
+    "mixture_of_diffusers",
+    "demofusion",
+    "accdiffusion",
+    "auto",
+]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    drawn = Image.new("RGB", (96, 64), "navy")
+    ImageDraw.Draw(drawn).ellipse((30, 14, 66, 50), fill="orange")
+    return drawn
+
+
+def draw(components, picture, method="none", size=(96, 64), native=48, **fields):
+    fields = {"steps": 4, "seed": 5, "denoise": 0.5, **fields}
+    job = Job("a red star on a blue background", width=size[0], height=size[1], init=picture, **fields)
+    request = resolved(components, Request.from_dict({"method": method, "native_size": native}), job)
+    session = session_for(components, request, job)
+    return Engine(components).generate(job, session, stages=stages_of(components, request, job, session))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refines_a_picture_in_one_run_that_its_seed_repeats(components, picture, method):
+    one, again = (draw(components, picture, method) for _ in range(2))
+    assert torch.equal(one.latents, again.latents) and one.images[0].size == (96, 64)
+    assert len(one.stages) == 1
+    other = draw(components, picture, method, seed=6)
+    assert not torch.equal(one.latents, other.latents)
+
+
+@pytest.mark.parametrize("method", ["none", "demofusion", "accdiffusion"])
+def test_a_batch_is_its_pictures_alone(components, picture, method):
+    both = draw(components, picture, method, batch=2).latents
+    alone = [draw(components, picture, method, seed=seed).latents for seed in (5, 6)]
+    assert torch.allclose(both, torch.cat(alone), atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "ddim", "dpmpp_2m_karras", "lcm"])
+def test_one_view_of_all_equals_plain_refining(components, picture, sampler):
+    plain = draw(components, picture, sampler=sampler)
+    job = Job("a red star on a blue background", width=96, height=64, init=picture, steps=4, seed=5, sampler=sampler)
+    request = Request.from_dict({"method": "multidiffusion", "native_size": 48, "view_size": 96})
+    session = session_for(components, request, job)
+    one_view = Engine(components).generate(job, session, stages=stages_of(components, request, job, session))
+    assert torch.equal(plain.latents, one_view.latents)
+
+
+def test_denoise_is_the_share_of_the_run(components, picture):
+    engine = Engine(components)
+    start = engine.encode(picture, (8, 12)).cpu()
+    far = []
+    for denoise, calls in ((0.1, 1), (0.5, 5), (1.0, 10)):
+        drawn = draw(components, picture, steps=10, denoise=denoise)
+        assert drawn.unet_calls == calls
+        far.append((drawn.latents - start).square().mean().item())
+    assert far[0] < far[1] < far[2]
+
+
+def test_a_picture_is_enlarged_and_cropped_around_its_middle(components, picture):
+    engine = Engine(components)
+    wide = Image.new("RGB", (300, 64), "red")
+    wide.paste(picture, (102, 0))
+    assert torch.equal(engine.encode(wide, (8, 12)), engine.encode(picture, (8, 12)))
+    assert engine.encode(picture, (17, 9)).shape == (1, 4, 17, 9)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def init(picture, tmp_path):
+    path = tmp_path / "start.png"
+    picture.save(path)
+    return str(path)
+
+
+def flags(init, out, *more):
+    return [
+        "generate",
+        "--prompt",
+        "a red star",
+        "--steps",
+        "4",
+        "--quiet",
+        "--init-image",
+        init,
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def test_the_picture_gives_the_size_unless_one_is_asked_for(init, tmp_path):
+    sizes = []
+    for name, more in (("a", []), ("b", ["--width", "128", "--height", "96"])):
+        report = tmp_path / f"{name}.json"
+        assert run(flags(init, tmp_path / f"{name}.png", "--report", str(report), *more)) == 0
+        sizes.append(Image.open(tmp_path / f"{name}.png").size)
+        assert json.loads(report.read_text())["unet_calls"] == 2
+    assert sizes == [(96, 64), (128, 96)]
+
+
+def test_it_can_be_repeated_from_its_infotext_and_its_start_alone(init, tmp_path):
+    out, again = tmp_path / "one.png", tmp_path / "two.png"
+    run(flags(init, out, "--denoise", "0.75", "--method", "demofusion", "--set", "native_size=48"))
+    keys = read_parameters(Image.open(out).info["parameters"])[2]
+    assert (keys["HL Started from"], keys["Denoising strength"]) == ("start.png", "0.75")
+    with pytest.raises(HiresError, match=r"drawn from the picture 'start\.png'. Add --init-image"):
+        run(["generate", "--from-image", str(out), "--quiet", "--out", str(again)])
+    run(["generate", "--from-image", str(out), "--init-image", init, "--quiet", "--out", str(again)])
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_dry_run_tells_the_calls_of_the_part_that_is_run(init, tmp_path, capsys):
+    run(flags(init, tmp_path / "x.png", "--dry-run", "--method", "hidiffusion", "--set", "native_size=48"))
+    assert "2 denoiser calls" in capsys.readouterr().out
+    run(flags(init, tmp_path / "x.png", "--dry-run"))
+    assert "2 denoiser calls, the UNet unchanged" in capsys.readouterr().out
+    run(flags(init, tmp_path / "x.png", "--dry-run", "--method", "demofusion", "--set", "native_size=48"))
+    assert "stage 1: 96x64, 2 denoiser calls" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--denoise", "0"], "'denoise' is 0.*between 0.01 and 1"),
+        (["--denoise", "1.5"], "'denoise' is 1.5.*between"),
+        (["--init-image", "nowhere.png"], "'init_image' is 'nowhere.png', must be a picture that can be read"),
+    ],
+)
+def test_what_is_wrong_is_named(init, tmp_path, more, words):
+    with pytest.raises(SettingError, match=words):
+        run(flags(init, tmp_path / "x.png", *more))
