@@ -49,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     job = {**JOB_DEFAULTS, "prompt": "a striped red star on a blue background", "checkpoint": options.checkpoint}
     job |= {"device": options.device, "steps": options.steps, "seed": 11, "cfg": 4.0}
-    rows = [row for scale in options.scales for row in measure(job, scale, options.rounds)]
     components = Runner(quiet=True).load(job)
-    head = {**about(components.device, components.dtype), "steps": options.steps}
+    head = {**about(components.device, components.dtype), "model": components.path.stem, "steps": options.steps}
+    head |= {"sampler": job["sampler"], "CFG": job["cfg"], "rounds": options.rounds}
+    rows = [row for scale in options.scales for row in measure(job, scale, options.rounds)]
     finish(options, command_of("benchmarks.canvas", arguments), head, {"rows": rows}, table(rows))
     return 0
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _jobs(first: dict[str, Any], native: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One job a picture: every prompt, native and scaled, in every aspect and by every method."""
-    known = [name for name in methods() if name not in NEEDS_MORE]
+    known = [name for name, cls in methods().items() if name not in NEEDS_MORE and not cls.automatic]
     names = options.method or (known if options.all else [name for name in QUICK if name in known])
     prompts = {text: 1 + index for index, text in enumerate(options.prompt)} if options.prompt else PROMPTS
     if options.all and not options.prompt:

@@ -49,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = dtype_of(options.dtype, device)
+    head = {**about(device, dtype), "rounds": options.rounds}
     rate = matrix_rate(device, dtype)
     rows = []
     for layout in options.layouts:
         for scale in options.scales:
             setup = Setup(networks_for(device)[layout], scale, options.batch, device, dtype)
             rows += [measure(setup, name, rate, options.rounds) for name in options.variants]
-    head = {**about(device, dtype), "matrix_rate": rate}
-    text = f"Matrix rate: {rate / 1e9:.0f} GFLOP/s.\n\n{table(rows)}"
-    finish(options, command_of("benchmarks.floor", arguments), head, {"rows": rows}, text)
+    text = f"A large matrix product runs at {rate / 1e9:.0f} GFLOP/s here.\n\n{table(rows)}"
+    finish(options, command_of("benchmarks.floor", arguments), head, {"matrix_rate": rate, "rows": rows}, text)
     return 0
 
 

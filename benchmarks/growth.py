@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = {**JOB_DEFAULTS, "prompt": "a red star on a blue background", "checkpoint": options.checkpoint}
     first |= {"device": options.device, "steps": 1, "cfg": 4.0}
     components = runner.load(first)
+    head = {**about(components.device, components.dtype), "model": components.path.stem}
     rows = []
     for name in options.methods:
         megapixels = options.least
@@ -62,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 break
             megapixels *= 2
     found = exponents(rows)
-    head = about(components.device, components.dtype)
     data = {"rows": rows, "exponents": found}
     finish(options, command_of("benchmarks.growth", arguments), head, data, table(rows, found))
     return 0

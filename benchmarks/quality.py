@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.sheets(cells, seeds, settings)
     folder, options.out = options.out, options.out / "quality.json"
     text = f"{_head(report)}\n\n{table(report['cells'])}"
-    finish(options, command_of("benchmarks.quality", arguments), bench.about, report, text)
+    options.section = "ablations" if options.ablations else "quality"
+    drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.about["commit"]] else {}
+    finish(options, command_of("benchmarks.quality", arguments), {**bench.about, **drawn}, report, text)
     print(f"\nRows, tables, pictures and a contact sheet for each cell are in {folder}/")
     return 0
 
@@ -212,15 +214,17 @@ class Bench:
 
     def report(self, cells: Iterable[tuple[float, str]], seeds: Iterable[int], variants: dict[str, dict]) -> dict:
         """The cells of these scales and aspects over these seeds, and where they were measured."""
-        lines = {}
+        lines, commits = {}, set()
         for scale, aspect in cells:
             jobs = self._jobs(scale, aspect, variants)
             found = {(name, times): self._rows(name, times, aspect, seeds, told) for name, times, _, told in jobs}
             for (name, times), rows in found.items():
+                commits |= {row["commit"] for row in rows}
                 if rows:
                     lines[aspect, times, name] = cell_of(rows, found[RENDER, times])
         return {
             "model": self.model,
+            "commits": sorted(commits),
             "sampling": f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}",
             "judge": judge.accuracy(self.judge),
             "cells": [lines[place] for place in sorted(lines, key=lambda place: place[:2])],

@@ -24,12 +24,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def add_options(parser: argparse.ArgumentParser, out: str, page: str, section: str) -> None:
-    """`--out` and `--publish`, which may name another section of `page` than the usual one."""
+    """`--out` and `--publish`: into `section` of `page`, or where it was not a CPU into that with "-gpu" behind its name."""
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where the figures go (default {out})")
-    parser.add_argument(
-        "--publish", nargs="?", const=section, metavar="SECTION", help=f"put the table into docs/{page}, at its marks"
-    )
-    parser.set_defaults(page=page)
+    parser.add_argument("--publish", action="store_true", help=f"put the table into docs/{page}, between its marks")
+    parser.set_defaults(page=page, section=section)
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
@@ -40,7 +38,7 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "../lib_hires", "../benchmarks")),
+        "changed": bool(_git("status", "--porcelain", "--", "../lib_hires", "../benchmarks")),
         "threads": torch.get_num_threads(),
     }
 
@@ -50,7 +48,8 @@ def finish(
 ) -> None:
     """Write `data` under `head` as JSON and `text` as Markdown beside it, print that, and publish it where that was asked for.
 
-    `command`: the bench's module and its arguments; `options.out`: the JSON file.
+    `command`: the bench's module and its arguments; `options.out`: the JSON file. `head`: `about`, asked before measuring, and
+    whatever else the figures hang on, under names that can be read.
     """
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"about": dict(head), **data}, indent=2), encoding="utf-8")
@@ -58,17 +57,23 @@ def finish(
     options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if options.publish:
-        publish(DOCS / options.page, options.publish, text)
+        publish(DOCS / options.page, options.section + ("" if _is_cpu(head) else "-gpu"), text)
 
 
 def in_words(head: Mapping[str, Any], command: Sequence[str]) -> str:
     """One line: when, where, with what and how."""
-    threads = f" with {head['threads']} threads" if str(head["device"]).startswith("CPU") else ""
+    known = ("date", "device", "threads", "dtype", "torch", "commit", "changed")
+    threads = f" with {head['threads']} threads" if _is_cpu(head) else ""
     commit = f"{head['commit']}{' with changes' if head['changed'] else ''}"
+    more = "".join(f", {name} {value}" for name, value in head.items() if name not in known)
     return (
-        f"{head['date']}, {head['device']}{threads}, {head['dtype']}, torch {head['torch']}, commit {commit}; "
+        f"{head['date']}, {head['device']}{threads}, {head['dtype']}, torch {head['torch']}, commit {commit}{more}; "
         f"`python -m {shlex.join(command)}`."
     )
+
+
+def _is_cpu(head: Mapping[str, Any]) -> bool:
+    return str(head["device"]).startswith("CPU")
 
 
 def command_of(module: str, arguments: Sequence[str] | None) -> list[str]:
@@ -77,10 +82,10 @@ def command_of(module: str, arguments: Sequence[str] | None) -> list[str]:
     kept = []
     while given:
         word = given.pop(0)
-        if word.partition("=")[0] not in ("--out", "--publish"):
+        if word == "--out":
+            del given[:1]
+        elif word != "--publish" and not word.startswith("--out="):
             kept.append(word)
-        elif "=" not in word and given and not given[0].startswith("--"):
-            given.pop(0)
     return [module, *kept]
 
 
@@ -90,7 +95,7 @@ def publish(page: Path, section: str, text: str) -> None:
     marks = f"<!-- {section} -->\n", f"<!-- /{section} -->"
     if any(written.count(mark) != 1 for mark in marks):
         there = ", ".join(re.findall(r"<!-- (?!/)(.+?) -->\n", written)) or "none"
-        raise SystemExit(f"Hires Lab: '--publish' is '{section}', must be a section of {page.name}: {there}.")
+        raise SystemExit(f"Hires Lab: {page.name} has no marks for '{section}'; it has them for {there}.")
     before, _, rest = written.partition(marks[0])
     page.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{rest.partition(marks[1])[2]}", encoding="utf-8")
 

@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = dtype_of(options.dtype, device)
+    head = {**about(device, dtype), "rounds": options.rounds, "calls a round": CALLS}
     rows, changes = [], {}
     for layout in options.layouts:
         for scale, batch in ((scale, batch) for scale in options.scales for batch in options.batches):
@@ -269,7 +270,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{layout} at {scale:g} times its native size, batch {batch}: done", flush=True)
     told = ", ".join(f"{layout} {seconds * 1e3:.1f} ms" for layout, seconds in changes.items())
     text = f"{table(rows)}\n\nInstalling HiDiffusion and restoring the network: {told}."
-    head = {**about(device, dtype), "rounds": options.rounds, "calls_a_round": CALLS}
     data = {"install_and_restore_seconds": changes, "rows": rows}
     finish(options, command_of("benchmarks.speed", arguments), head, data, text)
     return 0

@@ -2,7 +2,7 @@
 
     scenes -> autoencoder -> text encoders -> latents -> UNet at half the native size -> UNet at the native size -> one file
 
-Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU the whole takes about three
+Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU a layout takes some four
 hours with four cores; `--device cuda` trains longer on more data in minutes.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.sidecar import SMALL_FOLDER
 
 from .mini import autoencoder, denoiser, export, judge, networks, scenes, vocabulary, words
@@ -133,13 +134,23 @@ class Course:
             if not training.finished:
                 return training.mean, False
             vae.load_state_dict(training.mean.state_dict())
-        vae = training.mean.to(memory_format=torch.channels_last)
         pictures = _pictures(64, seed=98).to(self.device)
-        autoencoder.standardise(vae, pictures)
+        vae = self._standardised(training.mean.to(memory_format=torch.channels_last), pictures)
         self.notes.append(
             f"autoencoder {self.budget.crops} and {training.done} steps, {autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
         )
         return vae, training.finished
+
+    def _standardised(self, vae, pictures: torch.Tensor):
+        """The autoencoder with standard latents; kept, since another number of threads would round otherwise."""
+        path, made_from = self.work / "vae-standard.pt", digest_of(vae.state_dict())
+        kept = torch.load(path, map_location=self.device, weights_only=True) if path.exists() else {}
+        if kept.get("made_from") != made_from:
+            autoencoder.standardise(vae, pictures)
+            kept = {"made_from": made_from, "state": vae.state_dict()}
+            torch.save(kept, path)
+        vae.load_state_dict(kept["state"])
+        return vae
 
     def _text_encoders(self):
         probed = words.Probed(words.Towers(self.layout))

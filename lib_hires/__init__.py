@@ -68,11 +68,6 @@ def patched(unet: Any, *methods: Any, **options: Any) -> Any:
     from .unet.session import Session
 
     for method in methods:
-        if getattr(method, "automatic", False):
-            raise HiresError(
-                f"{method.title} chooses for a whole picture, which `patched` and `apply` do not see. "
-                "Name a method, such as HiDiffusion()."
-            )
         if isinstance(method, CanvasMethod):
             raise HiresError(
                 f"{method.title} draws on a canvas larger than the model; it is no change of a UNet, so that `patched` and "

@@ -17,6 +17,7 @@ from lib_hires.request import Request
 
 SMALL = ["--width", "128", "--height", "104", "--steps", "2", "--quiet"]
 DRAW = ["generate", "--prompt", "a red star on a blue background", *SMALL]
+STEPS = ["--steps", "10"]
 BIG_ENOUGH = ["--set", "native_size=64"]
 
 
@@ -140,8 +141,9 @@ def test_auto_draws_by_what_it_chooses_and_its_picture_can_be_repeated(out, tmp_
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--set", "native_size=64"], ["Auto chose DemoFusion: 128x104 is 1.80 times", "stage 2: 128x104"]),
-        (["--set", "native_size=64", "--sampler", "unipc"], ["Auto chose HiDiffusion", "not made for stages"]),
+        (["--set", "native_size=64", *STEPS], ["Auto chose DemoFusion: 128x104 is 1.80 times", "stage 2: 128x104"]),
+        (["--set", "native_size=64"], ["Auto chose HiDiffusion", "too few steps"]),
+        (["--set", "native_size=64", *STEPS, "--sampler", "unipc"], ["Auto chose HiDiffusion", "not made for stages"]),
         (["--set", "native_size=64", "--set", "aim=speed"], ["Auto chose HiDiffusion", "the aim is speed"]),
         (["--set", "native_size=128"], ["Auto chose plain sampling", "the UNet unchanged"]),
     ],
@@ -315,7 +317,7 @@ def test_ctrl_c_twice_drops_the_picture(out, monkeypatch):
 def test_running_out_of_memory_is_a_sentence(monkeypatch, out):
     from lib_hires.engines.standalone import Engine
 
-    def fail(*_args):
+    def fail(*_args, **_options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(Engine, "generate", fail)

@@ -166,7 +166,7 @@ def test_a_network_that_is_forgotten_while_patched_can_be_collected():
             "DemoFusion .* no change of a UNet",
         ),
         (lambda unet: lib_hires.apply(unet, lib_hires.MultiDiffusion()), "--method multidiffusion"),
-        (lambda unet: lib_hires.apply(unet, lib_hires.Auto()), "Auto chooses for a whole picture.* Name a method"),
+        (lambda unet: lib_hires.apply(unet, lib_hires.Auto()), "'methods' is 'Auto'.* a whole picture"),
     ],
 )
 def test_wrong_arguments_are_sentences(call, words):

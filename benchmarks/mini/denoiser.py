@@ -12,6 +12,7 @@ what to leave alone when it sees a view of a larger picture, but from pure noise
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
+from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.components import BETAS
 from lib_hires.engines.prompts import Conditioning, encode
 from lib_hires.plan.models import LATENT_FACTOR
@@ -78,17 +80,23 @@ class Pool:
 def make_pool(
     vae: AutoencoderKL, folder: Path, side: int, count: int, log: Callable[[str], None] = print, share: float = ZOOMED
 ) -> Pool:
-    """Encode `count` scenes at `side` latents, in chunks that are kept in `folder`: a later start goes on."""
+    """Encode `count` scenes at `side` latents, in chunks that are kept in `folder`: a later start goes on.
+
+    A chunk that another autoencoder or other scenes made is made anew.
+    """
     latents, sights = [], []
     for number in range(-(-count // CHUNK)):
         path = folder / f"latents-{side}-{number:03d}.pt"
         seen = _sights(side, number, share)
-        if not path.exists():
+        made_from = f"{digest_of(vae.state_dict())} {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
+        kept = torch.load(path, weights_only=True) if path.exists() else {}
+        if kept.get("made_from") != made_from:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"latents": _encode(vae, seen, side)}, path.with_suffix(".part"))
+            kept = {"latents": _encode(vae, seen, side), "made_from": made_from}
+            torch.save(kept, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
             log(f"latents of {(number + 1) * CHUNK} of {count} scenes at {side}x{side}")
-        latents.append(torch.load(path, weights_only=True)["latents"])
+        latents.append(kept["latents"])
         sights += seen
     return Pool(torch.cat(latents), sights, side)
 

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from lib_hires.engines import structure
-from lib_hires.engines.checkpoint import AUTOENCODER_OF
+from lib_hires.engines.checkpoint import AUTOENCODER_DIGEST, AUTOENCODER_OF, digest_of
 from lib_hires.engines.components import BETAS
 
 from . import networks
@@ -75,8 +75,9 @@ def save(path: Path, layout: networks.Layout, unet, vae, text_encoders, descript
     `lender`: name of a file beside it that has the same autoencoder, which is then left out of this one.
     """
     tensors = {structure.UNET + name: value for name, value in unet_tensors(unet).items()}
+    own = {structure.VAE + name: value for name, value in vae_tensors(vae).items()}
     if not lender:
-        tensors |= {structure.VAE + name: value for name, value in vae_tensors(vae).items()}
+        tensors |= own
     prefix = structure.SDXL_CLIP if layout.family == "sdxl" else structure.HF_CLIP
     tensors |= {
         prefix + name: value
@@ -91,11 +92,11 @@ def save(path: Path, layout: networks.Layout, unet, vae, text_encoders, descript
         "modelspec.title": path.stem,
         "modelspec.description": description,
         "modelspec.resolution": f"{networks.NATIVE}x{networks.NATIVE}",
-        **({AUTOENCODER_OF: lender} if lender else {}),
+        **({AUTOENCODER_OF: lender, AUTOENCODER_DIGEST: digest_of(own)} if lender else {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().half().contiguous() for name, value in tensors.items()}, path, metadata)
-    described = _sgm_yaml(layout) if layout.family == "sdxl" else _ldm_yaml(layout, vae)
+    described = _sgm_yaml() if layout.family == "sdxl" else _ldm_yaml(layout, vae)
     path.with_suffix(".yaml").write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
 
 
@@ -158,45 +159,16 @@ def open_clip_tensors(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
-def _unet_params(layout: networks.Layout) -> dict:
-    channels = layout.channels
-    return {
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": channels[0],
-        "attention_resolutions": [2**level for level, on in enumerate(layout.attended) if on][::-1],
-        "num_res_blocks": 2,
-        "channel_mult": [width / channels[0] if width % channels[0] else width // channels[0] for width in channels],
-        "num_head_channels": networks.HEAD,
-        "use_spatial_transformer": True,
-        "transformer_depth": 1,
-        "context_dim": layout.context,
-        "use_checkpoint": False,
-        "legacy": False,
-    }
-
-
-def _sgm_yaml(layout: networks.Layout) -> dict:
-    """What shapes do not tell. Hosts build SDXL's text encoders at their full size only: none of them can load this file."""
-    unet = _unet_params(layout) | {
-        "num_classes": "sequential",
-        "adm_in_channels": layout.towers[-1] + structure.TIME_IDS * layout.vector,
-        "use_linear_in_transformer": True,
-    }
+def _sgm_yaml() -> dict:
+    """What shapes do not tell. No host reads it: they build SDXL's text encoders at their full size only."""
     scaling = {"target": "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"}
     return {
         "model": {
             "target": "sgm.models.diffusion.DiffusionEngine",
             "params": {
                 "scale_factor": 1.0,
-                "denoiser_config": {
-                    "target": "sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser",
-                    "params": {"num_idx": 1000, "scaling_config": scaling},
-                },
-                "network_config": {
-                    "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel",
-                    "params": unet,
-                },
+                "denoiser_config": {"params": {"scaling_config": scaling}},
+                "network_config": {"params": {"num_head_channels": networks.HEAD}},
             },
         }
     }
@@ -222,7 +194,22 @@ def _ldm_yaml(layout: networks.Layout, vae) -> dict:
                 "use_ema": False,
                 "unet_config": {
                     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                    "params": {"image_size": networks.LATENTS, "num_heads": -1, **_unet_params(layout)},
+                    "params": {
+                        "image_size": networks.LATENTS,
+                        "in_channels": 4,
+                        "out_channels": 4,
+                        "model_channels": layout.channels[0],
+                        "attention_resolutions": [2**level for level, on in enumerate(layout.attended) if on][::-1],
+                        "num_res_blocks": 2,
+                        "channel_mult": [width // layout.channels[0] for width in layout.channels],
+                        "num_heads": -1,
+                        "num_head_channels": networks.HEAD,
+                        "use_spatial_transformer": True,
+                        "transformer_depth": 1,
+                        "context_dim": layout.context,
+                        "use_checkpoint": False,
+                        "legacy": False,
+                    },
                 },
                 "first_stage_config": {
                     "target": "ldm.models.autoencoder.AutoencoderKL",

@@ -3,12 +3,14 @@
     path -> tensors (files) -> family and configs (structure, sidecar) -> empty modules -> weights, one tensor at a time
 
 Single files are in the original ldm/sgm layout; their keys go through diffusers' own converters
-(`diffusers.loaders.single_file_utils`). The tokenizer is the bundled CLIP vocabulary, which SD1, SD2 and SDXL share.
+(`diffusers.loaders.single_file_utils`). The tokenizer is CLIP's, which SD1, SD2 and SDXL share; the small models of this project have a part of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,11 +25,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..plan.models import trained_size
 from . import folder, sidecar, structure
 from .components import BETAS, Components, tokenizers, vae_dtype
-from .files import CheckpointError, Tensors, open_tensors
+from .files import CheckpointError, MissingFile, Tensors, open_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "scenes-sd15.safetensors"
-AUTOENCODER_OF = "hires_lab.autoencoder_of"
-"""Metadata key of a file without an autoencoder: the name of the file beside it whose autoencoder it was trained with."""
+AUTOENCODER_OF, AUTOENCODER_DIGEST = "hires_lab.autoencoder_of", "hires_lab.autoencoder_digest"
+"""Metadata keys of a file without an autoencoder: the file beside it whose autoencoder it was trained with, and that one's
+`digest_of`."""
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
@@ -53,9 +56,8 @@ def load(
 
 def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> Components:
     tensors = open_tensors(path)
-    lender = tensors.metadata.get(AUTOENCODER_OF)
-    if lender:
-        tensors = tensors.with_part(open_tensors(path.with_name(Path(lender).name)), structure.VAE)
+    if tensors.metadata.get(AUTOENCODER_OF) and not tensors.below(structure.VAE):
+        tensors = _with_autoencoder(tensors, path)
     family = structure.family_of(tensors.shapes, path.name)
     notes = sidecar.read(config, path)
     scaling_factor = SCALING_FACTORS[family] if notes.scale_factor is None else float(notes.scale_factor)
@@ -78,6 +80,31 @@ def _load_file(path: Path, device: torch.device, dtype: torch.dtype, config) -> 
         zero_terminal_snr="ztsnr" in tensors,
         metadata=tensors.metadata,
     )
+
+
+def _with_autoencoder(tensors: Tensors, path: Path) -> Tensors:
+    """The tensors with the autoencoder of the file beside it. Raises where that is not there or another."""
+    lender = path.with_name(Path(tensors.metadata[AUTOENCODER_OF]).name)
+    if not lender.exists():
+        raise MissingFile(
+            f"'{path.name}' has no autoencoder of its own and takes that of '{lender.name}', which is not beside it. "
+            "Put both files into one folder."
+        )
+    lent = open_tensors(lender)
+    if digest_of(lent.section(structure.VAE)) != tensors.metadata.get(AUTOENCODER_DIGEST):
+        raise CheckpointError(
+            f"'{path.name}' was trained with another autoencoder than that of '{lender.name}' beside it. Use the two files "
+            "that were made together."
+        )
+    return tensors.with_part(lent, structure.VAE)
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """16 letters for the names and values of tensors, in half precision."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].detach().half().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def fill(

@@ -17,7 +17,7 @@ from .files import CheckpointError, MissingFile
 
 CLIP_FOLDER = Path(__file__).parent.parent / "assets" / "clip"
 SMALL_FOLDER = CLIP_FOLDER.with_name("clip-scenes")
-"""CLIP's vocabulary cut down to the words that the bundled models know."""
+"""CLIP's vocabulary cut down to the words of the drawn world (benchmarks/mini/vocabulary.py)."""
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
@@ -61,8 +61,19 @@ def read(config: str | Path | Mapping | None, checkpoint: Path) -> Sidecar:
 
 
 def vocabulary(known: int) -> Path:
-    """The folder of the vocabulary for text encoders that know so many tokens."""
-    return SMALL_FOLDER if known == _config(SMALL_FOLDER)["vocab_size"] else CLIP_FOLDER
+    """The folder of the vocabulary for text encoders that know so many tokens (0: CLIP's).
+
+    Raises `CheckpointError` where there is none: ids beyond an embedding's rows are no words.
+    """
+    small, whole = (_config(folder)["vocab_size"] for folder in (SMALL_FOLDER, CLIP_FOLDER))
+    if known == small:
+        return SMALL_FOLDER
+    if 0 < known < whole:
+        raise CheckpointError(
+            f"the text encoder knows {known} tokens, CLIP's vocabulary has {whole} and that of the small models {small}. "
+            "If it is a small model, train it anew, or use the release that it was made with."
+        )
+    return CLIP_FOLDER
 
 
 def prediction_of(word: str, source: str) -> str:

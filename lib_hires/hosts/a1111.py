@@ -2,11 +2,11 @@
 
     process                         arguments -> request -> infotext; wrong settings make `p.sample` raise
     process_before_every_sampling   wrap the sampler's two functions, on the instance, which the host throws away
-      the wrapped function          a run, or several of methods with stages (_a1111/passes.py)
+      the wrapped function          what Auto chooses; a run, or several of methods with stages (_a1111/passes.py)
         a run                       open the session, register on_cfg_denoiser; close and remove both whatever happens
           on_cfg_denoiser           tell the session the noise level and the rows; reopen it if the model was changed
       after it                      decode in tiles where the memory asks for it (_a1111/decoding.py)
-    post_sample                     if no pass was changed, say so and take the infotext back: this picture is plain
+    post_sample                     if no pass was wanted, say so and take the infotext back: this picture is plain
     postprocess_batch               no longer decode in tiles
 
 `modules` are imported in functions, so that `detect` can be asked anywhere.
@@ -28,15 +28,16 @@ from ..config.errors import Conflict, HiresError
 from ..patches import UndoLog
 from ..plan.method import Wanted
 from ..plan.models import LATENT_FACTOR
+from ..plan.route import Size
 from ..request import CHOSEN_KEY, Request
 from ..schedule import NoiseSchedule
 from ..stages.inside import unet_methods
 from ..stages.progressive import StageRun
 from ..unet.attention_maps import AttentionMaps
 from ..unet.session import Session
-from ._a1111 import samplers
 from ._a1111.decoding import Decoding
-from ._a1111.passes import Pass, call_of
+from ._a1111.passes import Pass
+from ._a1111.samplers import keeps_state
 from ._a1111.views import Views
 from .protocol import OVERRIDE, Asked, Reader, drop_infotext, fail_when_sampled, forget_failure, forget_package
 
@@ -63,8 +64,8 @@ class Job:
 
     def __init__(self, asked: Asked):
         self.request, self.notes = asked.request, list(asked.notes)
-        self.passes_seen = self.passes_changed = 0
-        self.left_alone = False  # a pass that plain sampling was chosen for
+        self.passes_seen = 0
+        self.is_changed = self.is_resolved = False  # whether a pass was changed; whether Auto chose for one
 
 
 class A1111:
@@ -122,24 +123,30 @@ class A1111:
         if job is None:
             return
         job.passes_seen += 1
-        height, width = (length * LATENT_FACTOR for length in x.shape[-2:])
+        size = tuple(x.shape[-2:])
+        height, width = (length * LATENT_FACTOR for length in size)
         if _wants(job.request, p, width, height):
-            job.passes_changed += 1
+            job.is_changed = job.is_changed or not job.request.is_automatic
             p.extra_generation_params.update(job.request.to_infotext())
             for name in _SAMPLER_FUNCTIONS:
-                _wrap(p.sampler, name, lambda *call: self._draw(p, job, *call))
+                _wrap(p.sampler, name, lambda *call: self._draw(p, job, size, *call))
 
-    def _draw(self, p: Any, job: Job, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict) -> Any:
+    def _draw(
+        self, p: Any, job: Job, size: Size, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         """What a wrapped sampler function does."""
-        request = self._resolved(p, job.request, sampler, name, original, args, kwargs)
+        self._decoding.close()
+        request = job.request
+        if request.is_automatic:
+            request = self._resolved(p, request, Wanted(size, p.steps, name == "sample_img2img", keeps_state(sampler)))
+            job.is_resolved = True
         if request.method is None:
-            job.passes_changed, job.left_alone = job.passes_changed - 1, True
             return original(*args, **kwargs)
+        job.is_changed = True
 
         def make_run(stage: StageRun | None = None, maps: AttentionMaps | None = None) -> Run:
             return Run(self._runs, p, request, stage, maps)
 
-        self._decoding.close()
         if isinstance(request.method, CanvasMethod):
             model = make_run().make_session().model
             note = lambda text: _say(p, [text])  # noqa: E731 - a name for what it does
@@ -156,16 +163,9 @@ class A1111:
             _say(p, filter(None, [self._decoding.open(latents, wrap)]))
         return latents
 
-    def _resolved(
-        self, p: Any, request: Request, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
-    ) -> Request:
-        """The request, an automatic method replaced by what it chooses for this pass; says so, and writes it down."""
-        if not request.is_automatic:
-            return request
-        model = Run(self._runs, p, request).make_session().model
-        size = tuple(call_of(original, args, kwargs).arguments["x"].shape[-2:])
-        wanted = Wanted(size, started=name == "sample_img2img", stages=samplers.keeps_state(sampler))
-        request = request.resolved(model, wanted)
+    def _resolved(self, p: Any, request: Request, wanted: Wanted) -> Request:
+        """An automatic request with what it chooses for a pass: said, and written down beside what it chose for others."""
+        request = request.resolved(Run(self._runs, p, Request(common=request.common)).make_session().model, wanted)
         before = p.extra_generation_params.get(CHOSEN_KEY, "").split(", ")
         chosen = dict.fromkeys(filter(None, [*before, request.chosen]))
         p.extra_generation_params[CHOSEN_KEY] = ", ".join(chosen)
@@ -179,10 +179,9 @@ class A1111:
     def after_sampling(self, p: Any) -> None:
         """Where no pass was changed, say why; such a picture must not be labelled as ours."""
         job: Job | None = getattr(p, _JOB, None)
-        if job is not None and not job.passes_changed:
+        if job is not None and not (job.is_changed or job.is_resolved):
             drop_infotext(p.extra_generation_params)
-            if not job.left_alone:
-                _say(p, [_why_nothing(job)])
+            _say(p, [_why_nothing(job)])
 
 
 def _wants(request: Request, p: Any, width: int, height: int) -> bool:

@@ -1,4 +1,4 @@
-"""Auto: the method that the measurements speak for at a model, a size and a kind of pass (docs/quality.md says why)."""
+"""Auto: a method for each pass, chosen by the model, the size and the sampler. docs/quality.md has what speaks for the choices."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import ClassVar
 
 from ..config.settings import setting
 from .method import Choice, Method, Wanted
-from .models import LATENT_FACTOR, Model
+from .models import LATENT_FACTOR, LEAST_SCALE, Model
+from .tiling import WHOLE_FROM, first_size
 
 QUALITY, SPEED = "quality", "speed"
-ALONE = 1.25
-"""Up to this scale over the native size models draw by themselves."""
-STAGED = 1.75
-"""Linear scale from which stages are worth their time."""
+LEAST_STEPS = 10
+"""Below so many steps a stage that runs a part of them has hardly any."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Auto(Method):
 
     name: ClassVar[str] = "auto"
     title: ClassVar[str] = "Auto"
-    summary: ClassVar[str] = "chooses one of the methods below by the model, the size and the pass"
+    summary: ClassVar[str] = "chooses a method by the model, the size and the pass"
     use_when: ClassVar[str] = "everyday use: it says below the picture what it chose, and leaves small pictures alone"
     source: ClassVar[str] = "docs/quality.md"
     automatic: ClassVar[bool] = True
@@ -30,7 +29,7 @@ class Auto(Method):
     aim: str = setting(
         QUALITY,
         "Aim",
-        "'quality' takes stages where they draw the better picture; 'speed' what is never slower than plain sampling.",
+        "'quality' draws in stages where that can be done; 'speed' takes HiDiffusion at every size.",
         choices=(QUALITY, SPEED),
         simple=True,
     )
@@ -40,15 +39,21 @@ class Auto(Method):
         height, width = wanted.size
         scale = model.scale(height, width)
         size = f"{width * LATENT_FACTOR}x{height * LATENT_FACTOR} is {scale:.2f} times the native size {model.native}"
-        if scale <= ALONE:
-            return Choice("none", f"{size}, which the model draws by itself")
+        if scale < LEAST_SCALE:
+            return Choice("none", f"{size}, too little to change anything")
+        against = self._against_stages(model, wanted)
+        return Choice("hidiffusion", f"{size}, {against}") if against else Choice("demofusion", size)
+
+    def _against_stages(self, model: Model, wanted: Wanted) -> str:
+        """Why stages are not taken; empty where they are."""
         if self.aim == SPEED:
-            return Choice("hidiffusion", f"{size}, and the aim is speed")
-        if scale < STAGED:
-            return Choice("hidiffusion", f"{size}, too little for stages")
+            return "and the aim is speed"
         if wanted.started:
-            return Choice("hidiffusion", f"{size}, and the layout is there already")
-        if model.family.few_step or not wanted.stages:
-            why = "Turbo and LCM models have too few steps" if model.family.few_step else "this sampler is not made"
-            return Choice("hidiffusion", f"{size}; {why} for stages")
-        return Choice("demofusion", size)
+            return "and the layout is there already"
+        if first_size(wanted.size, model.native // LATENT_FACTOR)[1] < WHOLE_FROM:
+            return "too little on its shorter side for stages"
+        if not wanted.stages:
+            return "and this sampler is not made for stages"
+        if model.family.few_step or wanted.steps < LEAST_STEPS:
+            return "and there are too few steps for stages"
+        return ""

@@ -48,10 +48,13 @@ class UNetPlan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A pass that is about to be drawn: latents of `size` (height, width). `started`: the host begins with latents of its own
-    (hires pass, img2img); `stages`: whether its sampler can be run in stages."""
+    """A pass that is about to be drawn: latents of `size` (height, width) in so many `steps`.
+
+    `started`: the host begins with latents of its own (hires pass, img2img); `stages`: its sampler can be run in stages.
+    """
 
     size: Size
+    steps: int
     started: bool = False
     stages: bool = True
 

@@ -14,6 +14,8 @@ from ..config.common import Common
 from ..config.errors import SettingError
 from .structure import Structure
 
+LEAST_SCALE = 1.25
+"""Below this scale over the native size models draw by themselves, and nothing is changed."""
 LATENT_FACTOR = 8
 """Pixels a latent, of every Stable Diffusion autoencoder."""
 

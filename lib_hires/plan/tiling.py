@@ -191,15 +191,19 @@ def stage_scales(ratio: float, max_step: float) -> tuple[float, ...]:
     return (*scales, ratio)
 
 
+WHOLE_FROM = 1.75
+"""Scale from which stages end at a whole multiple of the first one."""
+
+
 def first_size(size: Size, native: int) -> tuple[Size, float]:
     """(latents of the first stage, scale of `size` over it) for a model of `native` latents.
 
-    The longer side is native, as published; the shorter is at least half of it. From 1.75 times native on the scale is
+    The longer side is native, as published; the shorter is at least half of it. From `WHOLE_FROM` on the scale is
     rounded to a whole number, so that dilated grids are exactly as large as the first stage.
     """
     longest, shortest = max(size), min(size)
     ratio = max(1.0, min(longest / native, shortest / (native / 2)))
-    if ratio >= 1.75:
+    if ratio >= WHOLE_FROM:
         ratio = float(nearest_factor(ratio))
     return (fitting(size[0] / ratio), fitting(size[1] / ratio)), ratio
 

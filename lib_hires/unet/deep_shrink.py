@@ -14,7 +14,7 @@ from ..config.common import Common
 from ..config.errors import SettingError
 from ..config.settings import AUTO, setting
 from ..plan.method import Method, UNetPlan, Windows
-from ..plan.models import Model
+from ..plan.models import LEAST_SCALE, Model
 from ..plan.route import Shrink, Size
 from ..schedule import Gate
 
@@ -74,7 +74,7 @@ class DeepShrink(Method):
         "HiDiffusion's window attention beside the shrink: faster, nearly the same picture.",
     )
     min_scale: float = setting(
-        1.25,
+        LEAST_SCALE,
         "Shrink minimum scale",
         "Deep Shrink stays off below this scale over the native size.",
         low=1.0,

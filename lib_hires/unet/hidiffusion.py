@@ -14,7 +14,7 @@ from ..config.common import Common
 from ..config.errors import SettingError
 from ..config.settings import AUTO, setting
 from ..plan.method import Method, UNetPlan, Windows
-from ..plan.models import Model
+from ..plan.models import LEAST_SCALE, Model
 from ..plan.route import Dilate, Edit, Pool, Size
 from ..schedule import Gate
 
@@ -120,7 +120,7 @@ class HiDiffusion(Method):
         "Move the windows from step to step, by the image's seed, so that no border stays in one place.",
     )
     min_scale: float = setting(
-        1.25,
+        LEAST_SCALE,
         "Minimum scale",
         "RAU-Net stays off below this scale over the native size: at the native size there is nothing to shrink.",
         low=1.0,

@@ -307,6 +307,14 @@ def _check_arguments(methods: Any, seeds: Any) -> None:
     """Raises `SettingError` for what is no sequence of methods' settings or of seeds."""
     if isinstance(methods, str) or not all(isinstance(method, Method) for method in methods):
         raise SettingError("methods", methods, "settings of methods", "Pass objects such as HiDiffusion().")
+    for method in methods:
+        if method.automatic:
+            raise SettingError(
+                "methods",
+                method.title,
+                "methods that draw",
+                "It chooses for a whole picture, which a session does not see.",
+            )
     if isinstance(seeds, (str, int)) or seeds is None or not all(isinstance(seed, Integral) for seed in seeds):
         raise SettingError("seeds", seeds, "a list of whole numbers, one for each image", "Write seeds=[7].")
 

@@ -69,9 +69,13 @@ def controls() -> tuple[Control, ...]:
 
 @cache
 def all_owners() -> tuple[str, ...]:
-    """Whose settings there are beside the common ones: the methods that have some of their own, then the groups."""
+    """Whose settings there are beside the common ones: the methods that have some of their own, the groups, what chooses.
+
+    The last are new, and positional lists that were saved before them still mean the same.
+    """
     found = dict.fromkeys(owner for cls in methods().values() for owner in owners(cls))
-    return tuple(sorted(found, key=lambda owner: owner not in methods()))
+    choosing = {name for name, cls in methods().items() if cls.automatic}
+    return tuple(sorted(found, key=lambda owner: (owner in choosing, owner not in methods())))
 
 
 def owners_of(method: type[Method] | None) -> tuple[str, ...]:
@@ -114,8 +118,10 @@ def read_arguments(args: Sequence[Any], override: Mapping[str, Any] | None = Non
         return Asked()
     meant = {key.partition(".")[0] for key in override} & methods().keys() - {method.name}
     if method.automatic and chosen is None and len(meant) == 1:
-        _, method_name, values = read(args, meant.pop(), on=True)
+        chooser, method_name = method, meant.pop()
+        _, method_name, values = read(args, method_name, on=True)
         method = find_method(method_name)
+        values = {name: value for name, value in values.items() if name not in {row.name for row in schema(chooser)}}
     notes = []
     for key, value in override.items():
         owner, _, name = key.partition(".")

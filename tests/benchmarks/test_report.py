@@ -44,6 +44,7 @@ def test_where_figures_come_from_is_what_is_here():
         "2026-01-02, CPU x86_64 with 4 threads, float32, torch 2.0, commit abc; "
         "`python -m benchmarks.speed --methods 'Deep Shrink'`."
     )
+    assert "commit abc, steps 20;" in report.in_words({**HEAD, "steps": 20}, ["x"])
     assert "commit abc with changes;" in report.in_words({**HEAD, "changed": True}, ["x"])
     assert "threads" not in report.in_words({**HEAD, "device": "NVIDIA H100"}, ["x"])
 
@@ -54,7 +55,8 @@ def test_where_figures_come_from_is_what_is_here():
         ([], []),
         (["--rounds", "3", "--out", "x.json"], ["--rounds", "3"]),
         (["--publish", "--rounds", "3"], ["--rounds", "3"]),
-        (["--publish", "two", "--rounds", "3", "--out=x.json"], ["--rounds", "3"]),
+        (["--publish", "--rounds", "3", "--out=x.json"], ["--rounds", "3"]),
+        (["--methods", "two", "--publish", "--out", "--x"], ["--methods", "two"]),
         (["--scales", "2", "4", "--publish"], ["--scales", "2", "4"]),
     ],
 )
@@ -79,10 +81,10 @@ def test_a_page_is_left_alone_unless_it_is_asked_for(page, tmp_path):
     assert page.read_text() == PAGE
 
 
-def test_an_unknown_section_names_those_there_are(page, tmp_path):
-    options = options_of("--out", str(tmp_path / "x.json"), "--publish", "three")
-    with pytest.raises(SystemExit, match=r"'--publish' is 'three', must be a section of page\.md: one, two\."):
-        report.finish(options, ["m"], HEAD, {}, "| table |")
+def test_figures_of_a_gpu_go_to_a_place_of_their_own_or_are_refused(page, tmp_path):
+    options = options_of("--out", str(tmp_path / "x.json"), "--publish")
+    with pytest.raises(SystemExit, match=r"page\.md has no marks for 'one-gpu'; it has them for one, two\."):
+        report.finish(options, ["m"], {**HEAD, "device": "NVIDIA H100"}, {}, "| table |")
     assert page.read_text() == PAGE
 
 
@@ -91,4 +93,5 @@ def test_the_pages_have_the_sections_that_benches_publish(module):
     source = (report.DOCS.parent / "benchmarks" / f"{module}.py").read_text(encoding="utf-8")
     page, section = source.partition("add_options(parser, ")[2].partition(")")[0].replace('"', "").split(", ")[1:]
     text = (report.DOCS / page).read_text(encoding="utf-8")
-    assert text.count(f"<!-- {section} -->\n") == text.count(f"<!-- /{section} -->") == 1
+    for name in (section, f"{section}-gpu", *(["ablations", "ablations-gpu"] if module == "quality" else [])):
+        assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- /{name} -->") == 1

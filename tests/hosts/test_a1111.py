@@ -106,8 +106,8 @@ def test_auto_draws_what_it_chooses_and_leaves_the_native_size_alone(a1111):
     assert again.infotexts == drawn.infotexts and (again.picture == drawn.picture).all()
     small = {"width": 256, "height": 256}
     left = a1111.txt2img(auto, **small)
-    assert (left.picture == a1111.txt2img(**small).picture).all() and "HL " not in left.infotexts[0]
-    staged = a1111.txt2img(auto, width=512, height=512, steps=4)
+    assert (left.picture == a1111.txt2img(**small).picture).all() and "HL Chosen: none" in left.infotexts[0]
+    staged = a1111.txt2img(auto, width=512, height=512, steps=10)
     assert "HL Chosen: DemoFusion" in staged.infotexts[0] and "HL Stages" in staged.infotexts[0]
     hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
     both = a1111.txt2img(auto, **small, **hires)

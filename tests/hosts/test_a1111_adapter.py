@@ -83,7 +83,7 @@ def host(monkeypatch):
 
 def job(adapter, sampler, request=None, **fields):
     """A `p` whose job asks for `request`, with a sampler; returned after the hooks before sampling."""
-    values = {"extra_generation_params": {}, "comments": {}, "seeds": [3, 4], "sampler": sampler, **fields}
+    values = {"extra_generation_params": {}, "comments": {}, "seeds": [3, 4], "sampler": sampler, "steps": 20, **fields}
     p = SimpleNamespace(**values)
     p.comment = lambda text: p.comments.update({text: 1})
     p.get_token_merging_ratio = lambda for_hr=False: 0
@@ -146,10 +146,9 @@ def test_auto_is_resolved_for_the_pass_said_and_written_down(host, native, title
     sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
     assert sampler.seen[0] == ({seen: 1} if seen else None)
     assert p.extra_generation_params["HL Chosen"] == title
-    assert any(text.startswith("Hires Lab: Auto chose") for text in p.comments)
-    assert len(p.comments) == 1 or seen
+    assert sum(text.startswith("Hires Lab: Auto chose") for text in p.comments) == 1
     adapter.after_sampling(p)
-    assert ("HL Chosen" in p.extra_generation_params) == (seen is not None)
+    assert p.extra_generation_params["HL Chosen"] == title and p.extra_generation_params["HL Method"] == "Auto"
     assert not any("nothing was changed" in text for text in p.comments)
 
 
@@ -157,10 +156,25 @@ def test_each_pass_is_chosen_for_and_all_choices_are_written(host):
     adapter, sampler = A1111(), Sampler(host)
     sampler.config = SimpleNamespace(name="Euler")
     p = job(adapter, sampler, Request.from_dict({"method": "auto", "native_size": 80}))
-    sampler.sample(p, torch.zeros(2, 4, 8, 8))
-    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
-    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    for side in (8, SIZE, SIZE):  # as the first pass, the hires pass, and another batch
+        adapter.before_sampling(p, torch.zeros(2, 4, side, side))
+        sampler.sample(p, torch.zeros(2, 4, side, side))
+        adapter.after_sampling(p)
     assert p.extra_generation_params["HL Chosen"] == "none, HiDiffusion"
+    assert sum("Auto chose" in text for text in p.comments) == 2
+
+
+@pytest.mark.parametrize("native", [80, 128])
+def test_hooks_and_calls_that_come_twice_change_no_label(host, native):
+    adapter, sampler = A1111(), Sampler(host)
+    sampler.config = SimpleNamespace(name="Euler")
+    p = job(adapter, sampler, Request.from_dict({"method": "auto", "native_size": native}))
+    adapter.before_sampling(p, torch.zeros(2, 4, SIZE, SIZE))
+    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    sampler.sample(p, torch.zeros(2, 4, SIZE, SIZE))
+    adapter.after_sampling(p)
+    assert p.extra_generation_params["HL Chosen"] == ("HiDiffusion" if native == 80 else "none")
+    assert sessions_on(host.shared.sd_model.model.diffusion_model) == []
 
 
 def test_another_model_in_the_middle_of_a_run_gets_the_session(host):

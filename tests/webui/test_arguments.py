@@ -16,10 +16,10 @@ def values(**changed):
 
 def test_controls_are_enabled_method_common_then_each_methods_own_and_then_what_methods_share():
     keys = [control.key for control in controls()]
-    own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name]
+    own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name and not cls.automatic]
     first = ["enabled", "method", *(f"common.{row.name}" for row in schema(Common)), *own]
     assert keys[: len(first)] == first
-    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) :])) == ["windows", "stages", "views"]
+    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) :])) == ["windows", "stages", "views", "auto"]
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -32,7 +32,7 @@ def test_every_setting_of_a_method_has_exactly_one_control_among_those_of_its_ow
 def test_a_shared_setting_has_one_control():
     assert [control.key for control in controls() if control.setting.name == "overlap"] == ["views.overlap"]
     assert len({control.key for control in controls()}) == len(controls())
-    assert all_owners()[-3:] == ("windows", "stages", "views")
+    assert all_owners()[-4:] == ("windows", "stages", "views", "auto")
     assert owners_of(methods()["demofusion"]) == ("common", "stages", "views") and owners_of(None) == ("common",)
 
 
@@ -147,6 +147,8 @@ def test_a_grid_cell_of_one_methods_setting_takes_the_place_of_auto_only():
     assert both.request.method == methods()["auto"]() and len(both.notes) == 2
     named = read_arguments(values(enabled=True), {"method": "auto", "deep_shrink.stop2": 0.7})
     assert named.request.method == methods()["auto"]() and len(named.notes) == 1
+    over = read_arguments([{"method": "auto", "aim": "speed", "passes": "hires pass"}], {"deep_shrink.stop2": 0.7})
+    assert over.request.method.stop2 == 0.7 and over.request.common.passes == "hires pass"
     other = read_arguments(values(enabled=True, method="HiDiffusion"), {"deep_shrink.stop2": 0.7})
     assert other.request.method == methods()["hidiffusion"]() and len(other.notes) == 1
 

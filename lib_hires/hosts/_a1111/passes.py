@@ -32,13 +32,6 @@ from .window_words import Prompts
 STAGES_KEY = "HL Stages"
 
 
-def call_of(original: Callable[..., Tensor], args: tuple, kwargs: dict) -> inspect.BoundArguments:
-    """A call of a sampler's function, its arguments by name."""
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound
-
-
 class Pass:
     """One call of a sampler's function.
 
@@ -60,7 +53,8 @@ class Pass:
     ):
         self.p, self.sampler, self.original, self.open_run, self.note = p, sampler, original, open_run, note
         self.model, self.is_started = model, name == "sample_img2img"
-        self.bound = call_of(original, *arguments)
+        self.bound = inspect.signature(original).bind(*arguments[0], **arguments[1])
+        self.bound.apply_defaults()
         self.told = self.bound.arguments
         size = tuple(self.told["x"].shape[-2:])
         self.stages = request.method.stages(model, size, request.common, started=self.is_started)
