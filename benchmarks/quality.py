@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, options.out = options.out, options.out / "quality.json"
     text = f"{_head(report)}\n\n{table(report['cells'])}"
     options.section = "ablations" if options.ablations else "quality"
-    drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.about["commit"]] else {}
+    drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.commit] else {}
     finish(options, command_of("benchmarks.quality", arguments), {**bench.about, **drawn}, report, text)
     print(f"\nRows, tables, pictures and a contact sheet for each cell are in {folder}/")
     return 0
@@ -130,9 +130,10 @@ class Bench:
         self.native = native_of(self.components, {**self.first, "prompt": ""})
         self.judge = judge.load()
         self.out = out
-        self.model = digest_of(Path(checkpoint or BUNDLED))
+        self.model = file_digest(Path(checkpoint or BUNDLED))
         self.about = about(self.components.device, self.components.dtype)
-        self.circumstances = f"{self.model} {digest_of(judge.WEIGHTS)} {self.about['device']} {self.about['dtype']}"
+        self.commit = self.about["commit"] + ("+" if self.about["changed"] else "")
+        self.circumstances = f"{self.model} {file_digest(judge.WEIGHTS)} {self.about['device']} {self.about['dtype']}"
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         self.file = out / "rows.jsonl"
         self.rows = {row["key"]: row for row in _read(self.file)}
@@ -154,9 +155,7 @@ class Bench:
             measured = self._measured(picture, scene, times, native if settings else None)
             measured["detail_true"] = measures.detail(truth, times)
             row = {"key": key, "method": name, "scale": times, "aspect": aspect, "seed": seed, "caption": scene.caption}
-            self._keep(
-                {**row, "commit": self.about["commit"], "width": size[0], "height": size[1], **measured, **spent}
-            )
+            self._keep({**row, "commit": self.commit, "width": size[0], "height": size[1], **measured, **spent})
 
     def _jobs(self, scale: float, aspect: str, variants: dict[str, dict]) -> list[tuple]:
         """(name, scale, size in pixels, settings or None for a render): a cell's pictures, the native ones first."""
@@ -248,7 +247,7 @@ class Bench:
                 save_sheet(sheet, self.out / f"sheet-{scale:g}x-{aspect.replace(':', 'to')}.png")
 
 
-def digest_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Twelve letters for a file's content, or for the names, sizes and dates in a folder."""
     found = hashlib.sha256()
     if path.is_dir():

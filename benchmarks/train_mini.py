@@ -148,7 +148,8 @@ class Course:
         if kept.get("made_from") != made_from:
             autoencoder.standardise(vae, pictures)
             kept = {"made_from": made_from, "state": vae.state_dict()}
-            torch.save(kept, path)
+            torch.save(kept, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         vae.load_state_dict(kept["state"])
         return vae
 

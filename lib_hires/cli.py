@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .config.settings import Settings, schema
 from .methods import NONE, methods
 from .plan.method import Method, owned_rows, owners
 
+SIDES = ("width", "height")
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells count it."""
 JOB_DEFAULTS: dict[str, Any] = {
@@ -50,7 +51,7 @@ HELP = {
     "report": "a JSON report to write",
     "controlnet": "a Canny ControlNet for AccDiffusion v2: a diffusers folder or a file",
     "decode_memory": "MiB that decoding may take beside the weights, 0 for what is free: larger pictures come in exact tiles",
-    "init_image": "a picture to start from, enlarged and cropped to width and height, which are its own unless given",
+    "init_image": "a picture to start from, enlarged and cropped to width and height; a side that is not given follows it",
     "denoise": "with --init-image: the share of the steps that are run",
     "from_image": "repeat the picture of this file from the infotext in it; other flags override",
 }
@@ -116,29 +117,34 @@ def generate(options: argparse.Namespace) -> int:
 class Interrupt:
     """Ctrl-C while a picture is drawn: the first asks for the picture so far, the second raises `KeyboardInterrupt`.
 
-    A context manager around drawing; called, it says whether it was asked.
+    A context manager around drawing; called, it says whether it was asked. Before it is first called, once for each prediction,
+    there is no picture yet, and the first Ctrl-C raises too. Where SIGINT is ignored or handled by others it is left to them.
     """
 
     def __init__(self) -> None:
-        self._asked, self._before = False, None
+        self._asked = self._drawing = self._installed = False
 
     def __call__(self) -> bool:
+        self._drawing = True
         return self._asked
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._stop)
+        is_main, self._drawing = threading.current_thread() is threading.main_thread(), False
+        self._installed = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._stop)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _stop(self, *_call: object) -> None:
-        if self._asked:
+        if self._asked or not self._drawing:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nHires Lab: the picture so far will be written; once more drops it.", file=sys.stderr)
+        told = "\nHires Lab: the pictures so far will be written; once more stops at once.\n"
+        os.write(2, told.encode())  # a handler may come in the middle of another print
 
 
 def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +165,11 @@ def complete(flags: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         raise HiresError("'prompt' is missing. Add --prompt TEXT or --from-image FILE.png.")
     if job.get("started_from") and not job["init_image"]:
         raise HiresError(f"'from_image' was drawn from the picture '{job['started_from']}'. Add --init-image FILE.")
-    if job["init_image"] and not {"width", "height"} & {*given, *repeated}:
-        from .engines.pictures import size_of_picture
+    sides = {"width", "height"} & {*given, *repeated}
+    if job["init_image"] and len(sides) < 2:
+        from .engines.pictures import size_like
 
-        job["width"], job["height"] = size_of_picture(job["init_image"])
+        job["width"], job["height"] = size_like(job["init_image"], *(job[n] if n in sides else None for n in SIDES))
     return job
 
 
@@ -204,7 +211,8 @@ def _check_text(name: str, value: str) -> None:
 
 
 def _check_outputs(jobs: list[dict[str, Any]]) -> None:
-    """Raises `HiresError` where a picture or report would go nowhere, into a folder's name, or over another one."""
+    """Raises `HiresError` where a picture or report would go nowhere, into a folder's name, or over another one, and where
+    a job starts from a picture that will not be there or that it would write over."""
     from .engines.job import MAX_BATCH
     from .engines.runner import picture_names
 
@@ -226,6 +234,17 @@ def _check_outputs(jobs: list[dict[str, Any]]) -> None:
                         name, job[name], "a name of its own", f"Another picture or report goes to {path.name} already."
                     )
                 taken.add(path)
+        _check_start(job, taken)
+
+
+def _check_start(job: dict[str, Any], taken: set[Path]) -> None:
+    if not job["init_image"]:
+        return
+    path, out = Path(job["init_image"]).absolute(), Path(job["out"]).absolute()
+    if path == out:
+        raise SettingError("out", job["out"], "another file than 'init_image'", "The start would be lost.")
+    if not path.exists() and path not in taken:
+        raise SettingError("init_image", job["init_image"], "a picture that can be read", "There is no such file.")
 
 
 def read_jobs(path: str) -> list[dict[str, Any]]:

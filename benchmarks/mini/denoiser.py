@@ -84,11 +84,11 @@ def make_pool(
 
     A chunk that another autoencoder or other scenes made is made anew.
     """
-    latents, sights = [], []
+    latents, sights, encoder = [], [], digest_of(vae.state_dict())
     for number in range(-(-count // CHUNK)):
         path = folder / f"latents-{side}-{number:03d}.pt"
         seen = _sights(side, number, share)
-        made_from = f"{digest_of(vae.state_dict())} {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
+        made_from = f"{encoder} {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
         kept = torch.load(path, weights_only=True) if path.exists() else {}
         if kept.get("made_from") != made_from:
             folder.mkdir(parents=True, exist_ok=True)

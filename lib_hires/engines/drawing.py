@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..plan.route import Size
-from ..plan.tiling import Stage, first_size
+from ..plan.tiling import Stage, fitting
 from ..randomness import Records
 from ..stages.edge_hints import edge_hint
 from ..stages.progressive import Progressive, StageRun
@@ -46,6 +46,7 @@ class Drawing:
         stopped: Callable[[], bool] = lambda: False,
     ):
         self.stopped, self.interrupted = stopped, ""
+        stages = stages[-1:] if job.started else stages
         self.engine, self.job, self.stages, self.records = engine, job, stages, records
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents
@@ -75,19 +76,22 @@ class Drawing:
         return progressive.run(self.sample, lambda: bool(self.interrupted))
 
     def refine(self, progressive: Progressive) -> torch.Tensor:
-        """The last stage alone, from the latents of the job's picture."""
-        stage = self.stages[-1]
-        self.latents = self.engine.encode(self.job.init, stage.size).expand(self.job.batch, -1, -1, -1)
-        if self.maps is not None:
-            self.look(self.latents)
+        """One stage, from the latents of the job's picture."""
+        (stage,) = self.stages
+        self.latents = self.engine.encode(self.job.init, stage.size, stage.wrap).expand(self.job.batch, -1, -1, -1)
+        with count_calls(self.engine.components.unet) as looked:
+            if self.maps is not None:
+                self.look(self.latents, stage)
         run = progressive.started(stage, self.number, self.latents, progressive.noise(stage, self.number, self.latents))
         self.prepare(run)
-        return self.sample(run)
+        latents = self.sample(run)
+        self.reports[-1]["unet_calls"] += looked.total
+        self.reports[-1]["unet_evaluations"] += looked.rows // len(self.images)
+        return latents
 
-    def look(self, latents: torch.Tensor) -> None:
+    def look(self, latents: torch.Tensor, stage: Stage) -> None:
         """Gather attention maps of a picture that no stage here has drawn."""
-        native = self.session.model.native // self.engine.components.factor
-        size, _ = first_size(tuple(latents.shape[-2:]), native)
+        size = tuple(fitting(length / stage.scale) for length in stage.size)
         noise, _ = self.engine.noise(self.job, size)
         denoiser, device = _fitted(self.denoiser, size), latents.device
         with self.maps:
@@ -147,7 +151,7 @@ class Drawing:
         for call in range(first, len(run.timesteps)):
             moment = schedule.moment(timestep=run.timesteps[call])
             step = run.positions[call] - run.positions[first]
-            self.session.at(timestep=moment.timestep, step=run.positions[call], steps=run.steps)
+            self.session.at(timestep=moment.timestep, step=step, steps=run.steps - run.positions[first])
             self.gather()
             if stage_run.canvas is not None:
                 denoiser.at(moment, step, run.steps - run.positions[first])

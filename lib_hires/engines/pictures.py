@@ -19,6 +19,9 @@ from ..request import Request
 from . import samplers
 
 INTERRUPTED_KEY, STARTED_KEY, DENOISE_KEY = "HL Interrupted", "HL Started from", "Denoising strength"
+ORIENTATION, SIDEWAYS = 0x0112, 5
+"""EXIF's tag, and the first of its values that swap width and height."""
+UNREADABLE = (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 _KEYS = {"steps": "Steps", "sampler": "Sampler", "cfg": "CFG scale", "seed": "Seed"}
 
 
@@ -63,13 +66,23 @@ def init_picture(path: str) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise SettingError("init_image", path, "a picture that can be read", f"{error}.") from error
 
 
-def size_of_picture(path: str) -> tuple[int, int]:
-    """Its width and height in pixels, each rounded to a whole latent."""
-    return tuple(max(1, round(length / LATENT_FACTOR)) * LATENT_FACTOR for length in init_picture(path).size)
+def size_like(path: str, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height in pixels: those given, the others by the picture's own or by its proportion, in whole latents.
+
+    Raises `SettingError` where the picture cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            own = picture.size if picture.getexif().get(ORIENTATION, 1) < SIDEWAYS else picture.size[::-1]
+    except UNREADABLE as error:
+        raise SettingError("init_image", path, "a picture that can be read", f"{error}.") from error
+    times = width / own[0] if width else height / own[1] if height else 1.0
+    fitted = [max(1, round(length * times / LATENT_FACTOR)) * LATENT_FACTOR for length in own]
+    return width or fitted[0], height or fitted[1]
 
 
 def job_of_picture(path: Path) -> dict[str, Any]:
@@ -77,7 +90,7 @@ def job_of_picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             text = picture.info.get(PNG_KEY, "")
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise HiresError(f"'{path}' cannot be read as a picture: {error}.") from error
     prompt, negative, keys = read_parameters(text)
     if "Size" not in keys or "Seed" not in keys:

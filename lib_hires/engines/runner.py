@@ -107,8 +107,10 @@ def _plan_lines(engine: Engine, job: Job, session: Session | None, stages: tuple
         lines = describe_stages(stages, engine.calls(job, stages))
         return lines + [f"inside views: {method.title}" for method in session.methods]
     schedule = engine.schedule()
-    calls = range(first, len(run.timesteps))
-    levels = [Level(schedule.progress(run.timesteps[call]), run.positions[call], run.steps) for call in calls]
+    calls, begun = range(first, len(run.timesteps)), run.positions[first]
+    levels = [
+        Level(schedule.progress(run.timesteps[call]), run.positions[call] - begun, run.steps - begun) for call in calls
+    ]
     return describe_plan(session.model, stages[0].size, session.plan_for(stages[0].size), levels)
 
 
@@ -283,9 +285,7 @@ def notes_of(request: Request, session: Session | None) -> list[str]:
     if session is not None:
         return notes + session.notes
     if request.method is not None:
-        return [
-            f"{request.method.title} is off: 'passes' is '{request.common.passes}', and this is the first pass below the threshold."
-        ]
+        return [f"{request.method.title} is off: 'passes' is '{request.common.passes}', which does not want this pass."]
     return notes
 
 

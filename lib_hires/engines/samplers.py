@@ -65,8 +65,9 @@ SAMPLERS: dict[str, Sampler] = {
 class Run:
     """A scheduler set to its steps, on the CPU.
 
-    `timesteps`: one float for each UNet call; `positions`: the step (0-based) that each call belongs to;
-    `completed`: how many steps are complete after each call; `steps`: their number.
+    `timesteps`: one float for each UNet call; `positions`: the step (0-based) that each call belongs to by its noise level;
+    `completed`: how many steps are complete after each call; `steps`: their number; `calls`: of a step; `first`: the call that
+    it begins with.
     """
 
     scheduler: object
@@ -75,6 +76,8 @@ class Run:
     completed: list[int]
     steps: int
     step_options: dict
+    calls: int = 1
+    first: int = 0
 
     @property
     def initial_sigma(self) -> float:
@@ -86,11 +89,11 @@ class Run:
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
 
     def begin(self, step: int) -> int:
-        """Begin at a step (0-based) instead of the first; returns its call. Raises `HiresError` where the kind cannot."""
-        call = self.positions.index(step)
-        if call and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(call)
-        return call
+        """Begin at a step (0-based) instead of the first; returns the first of its calls."""
+        self.first = step * self.calls
+        if self.first and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.first)
+        return self.first
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, call: int) -> torch.Tensor:
         """Clean latents (B, 4, h, w) at the noise level of a call, as the sampler's state."""
@@ -101,9 +104,11 @@ class Run:
         self, prediction: torch.Tensor, latents: torch.Tensor, call: int, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """The next latents (B, 4, h, w); `generators`: one for each image, for the noise that the sampler adds."""
-        options = dict(self.step_options)
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
+        options, taken = dict(self.step_options), inspect.signature(self.scheduler.step).parameters
+        if "generator" in taken:
             options["generator"] = generators
+        if "order" in taken:  # LMS: as many derivatives as there are since it began
+            options["order"] = min(taken["order"].default, call - self.first + 1)
         return self.scheduler.step(prediction, self.scheduler.timesteps[call], latents, **options).prev_sample
 
 
@@ -179,6 +184,7 @@ def _set(scheduler, sampler: Sampler, steps: int) -> Run:
         completed=completed,
         steps=steps,
         step_options=dict(sampler.step_options),
+        calls=sampler.calls,
     )
 
 

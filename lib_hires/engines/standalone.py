@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 
 from ..config.errors import HiresError, SettingError
 from ..memory import free_bytes, peak_memory
@@ -23,7 +24,7 @@ from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
 from ..schedule import NoiseSchedule, scaled_linear, to_zero_snr
-from ..vae import MIN_TILE, needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
+from ..vae import MIN_TILE, WRAP_MARGIN, needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
 from . import estimate, prompts
 from .components import Components
 from .denoiser import Denoiser, NoSession, on_noise
@@ -175,12 +176,26 @@ class Engine:
             return [to_image(vae.decode(each[None], return_dict=False)[0][0]) for each in scaled]
 
     @torch.no_grad()
-    def encode(self, picture: Image.Image, size: Size) -> torch.Tensor:
-        """A picture, enlarged and cropped to `size` (height, width in latents), as a latent (1, 4, h, w) fp32 on the device."""
-        vae, (height, width) = self.components.vae, (length * self.components.factor for length in size)
-        fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
-        return vae.encode(pixels).latent_dist.mode().float() * self.components.scaling_factor
+    def encode(self, picture: Image.Image, size: Size, wrap: tuple[bool, bool] = (False, False)) -> torch.Tensor:
+        """A picture, enlarged and cropped to `size` (height, width in latents), as a latent (1, 4, h, w) fp32 on the device.
+
+        wrap: (top to bottom, left to right) edges that meet. In exact tiles where decoding that size takes them.
+        """
+        factor = self.components.factor
+        fitted = ImageOps.fit(picture.convert("RGB"), (size[1] * factor, size[0] * factor), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        down, across = (min(WRAP_MARGIN, size[axis]) if wrap[axis] else 0 for axis in (0, 1))
+        pixels = F.pad(pixels, [factor * more for more in (across, across, down, down)], mode="circular")
+        latents = self._encoded(pixels).float() * self.components.scaling_factor
+        return latents[..., down : down + size[0], across : across + size[1]]
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latent that is likeliest for pixels (1, 3, H, W) in -1..1."""
+        vae, factor = self.components.vae, self.components.factor
+        shape = (1, self.components.latent_channels, *(length // factor for length in pixels.shape[-2:]))
+        tiles = {name: length * factor for name, length in self.decode_tiles(shape).items()}
+        with tiled(vae.encoder, **tiles):
+            return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
 
     def decode_tiles(self, shape: Sequence[int]) -> dict[str, int]:
         """Arguments of `vae.tiled` for latents (B, C, h, w): above which size tiles are taken, and how large they are.
@@ -205,9 +220,7 @@ class Engine:
         """An inpainting UNet's further channels for drawing everything anew: a mask of ones and a grey picture's latent."""
         if not self.components.is_inpainting:
             return None
-        vae = self.components.vae
-        grey = torch.zeros(1, 3, job.height, job.width, device=vae.device, dtype=vae.dtype)
-        latent = vae.encode(grey).latent_dist.mode() * self.components.scaling_factor
+        latent = self._encoded(torch.zeros(1, 3, job.height, job.width)) * self.components.scaling_factor
         return torch.cat([torch.ones_like(latent[:, :1]), latent], dim=1)
 
 

@@ -63,7 +63,7 @@ class Job:
     """What is known of one job (one call of `process_images`)."""
 
     def __init__(self, asked: Asked):
-        self.request, self.notes = asked.request, list(asked.notes)
+        self.request = asked.request
         self.passes_seen = 0
         self.is_changed = self.is_resolved = False  # whether a pass was changed; whether Auto chose for one
 

@@ -51,7 +51,7 @@ class Auto(Method):
         if wanted.started:
             return "and the layout is there already"
         if first_size(wanted.size, model.native // LATENT_FACTOR)[1] < WHOLE_FROM:
-            return "too little on its shorter side for stages"
+            return "too little for stages"
         if not wanted.stages:
             return "and this sampler is not made for stages"
         if model.family.few_step or wanted.steps < LEAST_STEPS:

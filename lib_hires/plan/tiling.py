@@ -145,8 +145,8 @@ class CanvasPlan:
 class Stage:
     """One sampling run at one size (height, width in latents).
 
-    scale: of this stage over the first one. strength: the share of the sampler's steps that is run (1: all of them); the
-    first stage always runs all. canvas: None for plain sampling.
+    scale: of this stage over the first one. strength: the share of the sampler's steps that is run (1: all of them); a
+    first stage that starts from noise runs all. canvas: None for plain sampling.
     """
 
     size: Size

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ..patches import UndoLog
 
-MARGIN = 20
-"""Latents that are looked at beyond an edge: a decoder's convolutions reach 17."""
+WRAP_MARGIN = 20
+"""Latents that are looked at beyond an edge: a decoder's convolutions reach 17, an encoder's less."""
 
 
 class wrapped:
@@ -35,7 +35,7 @@ class wrapped:
 
     def _make(self, previous: Callable[..., Any]) -> Callable[..., Any]:
         def forward(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            down, across = (min(MARGIN, z.shape[axis - 2]) if self.wrap[axis] else 0 for axis in (0, 1))
+            down, across = (min(WRAP_MARGIN, z.shape[axis - 2]) if self.wrap[axis] else 0 for axis in (0, 1))
             picture = previous(F.pad(z, (across, across, down, down), mode="circular"), *args, **kwargs)
             factor = picture.shape[-1] // (z.shape[-1] + 2 * across)
             top, left = down * factor, across * factor

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -9,9 +10,13 @@ from PIL import Image, ImageDraw
 from lib_hires.cli import run
 from lib_hires.config.errors import HiresError, SettingError
 from lib_hires.config.infotext import read_parameters
+from lib_hires.engines import samplers
+from lib_hires.engines.drawing import Drawing
 from lib_hires.engines.job import Job
+from lib_hires.engines.pictures import init_picture, size_like
 from lib_hires.engines.runner import resolved, session_for, stages_of
 from lib_hires.engines.standalone import Engine
+from lib_hires.plan.tiling import Stage
 from lib_hires.request import Request
 
 METHODS = [
@@ -86,6 +91,65 @@ def test_a_picture_is_enlarged_and_cropped_around_its_middle(components, picture
     assert engine.encode(picture, (17, 9)).shape == (1, 4, 17, 9)
 
 
+class Oracle:
+    """A network that knows the picture: whatever it is given, it says which noise is on it."""
+
+    conditioning, extra = (None,), None
+
+    def __init__(self, clean, schedule):
+        self.clean, self.schedule = clean, schedule
+
+    def __call__(self, x, t):
+        kept = 1 / (1 + self.schedule.sigma(float(t)) ** 2)
+        return (x - kept**0.5 * self.clean) / (1 - kept) ** 0.5
+
+
+@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
+@pytest.mark.parametrize(("steps", "denoise"), [(10, 0.5), (28, 0.5), (20, 0.25), (100, 0.1), (9, 0.6), (12, 1.0)])
+def test_every_sampler_ends_where_the_noise_was_added_from_any_step(components, picture, sampler, steps, denoise):
+    if sampler == "lms":
+        pytest.importorskip("scipy")
+    engine = Engine(components)
+    job = Job("", width=64, height=64, init=picture, steps=steps, denoise=denoise, sampler=sampler, cfg=1, seed=3)
+    clean = engine.encode(picture, (8, 8))
+    oracle = Oracle(clean, engine.schedule())
+    drawing = Drawing(engine, job, None, None, (Stage((8, 8)),), {}, denoiser=oracle)
+    left = (drawing.draw() - clean).std() / clean.std()
+    assert left < 0.12
+    stops = []
+    for at in range(0, drawing.reports[0]["unet_calls"] or round(denoise * steps), 3):
+        calls = iter(range(1000))
+        stopped = Drawing(
+            engine,
+            job,
+            None,
+            None,
+            (Stage((8, 8)),),
+            {},
+            denoiser=oracle,
+            stopped=lambda at=at, calls=calls: next(calls) == at,
+        )
+        stops.append(float((stopped.draw() - clean).std() / clean.std()))
+        assert stopped.interrupted.startswith("stage 1 of 1, call ")
+    assert max(stops) < 0.12
+
+
+def test_encoding_in_tiles_is_encoding(components, picture):
+    whole = Engine(components).encode(picture, (40, 56))
+    limited = Engine(components, decode_bytes=48 * 2**20)
+    assert limited.decode_tiles((1, 4, 40, 56))["above"] == 0
+    assert torch.allclose(limited.encode(picture, (40, 56)), whole, atol=1e-3)
+
+
+def test_where_edges_meet_the_encoder_sees_beyond_them(components, picture):
+    engine = Engine(components)
+    turned = Image.fromarray(np.roll(np.asarray(picture), 48, axis=1))
+    one, other = (engine.encode(each, (8, 12), wrap=(False, True)) for each in (picture, turned))
+    apart = (torch.roll(one, 6, dims=-1) - other).abs().max()
+    plain = (torch.roll(engine.encode(picture, (8, 12)), 6, dims=-1) - engine.encode(turned, (8, 12))).abs().max()
+    assert apart < 0.35 * plain
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +184,40 @@ def test_the_picture_gives_the_size_unless_one_is_asked_for(init, tmp_path):
         sizes.append(Image.open(tmp_path / f"{name}.png").size)
         assert json.loads(report.read_text())["unet_calls"] == 2
     assert sizes == [(96, 64), (128, 96)]
+
+
+def test_a_side_that_is_not_given_follows_the_pictures_proportion(init, tmp_path):
+    for flag, value, wanted in (("--width", "192", (192, 128)), ("--height", "96", (144, 96))):
+        run(flags(init, tmp_path / "x.png", flag, value))
+        assert Image.open(tmp_path / "x.png").size == wanted
+
+
+def test_a_picture_that_lies_on_its_side_is_turned(picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert (
+        size_like(str(tmp_path / "turned.jpg"), None, None)
+        == (64, 96)
+        == init_picture(str(tmp_path / "turned.jpg")).size
+    )
+
+
+def test_a_job_may_start_from_the_one_before_it_but_not_from_itself_or_from_nothing(init, tmp_path):
+    def jobs(*lines):
+        path = tmp_path / "jobs.jsonl"
+        path.write_text(
+            "\n".join(json.dumps({"prompt": "a star", "width": 96, "height": 64, **line}) for line in lines)
+        )
+        return run(["generate", "--jobs", str(path), "--steps", "2", "--quiet"])
+
+    one, two = str(tmp_path / "one.png"), str(tmp_path / "two.png")
+    assert jobs({"out": one}, {"out": two, "init_image": one}) == 0
+    with pytest.raises(SettingError, match=r"'out' is .* another file than 'init_image'"):
+        jobs({"out": two, "init_image": two})
+    with pytest.raises(SettingError, match="no such file"):
+        jobs({"out": str(tmp_path / "three.png")}, {"out": two, "init_image": str(tmp_path / "four.png")})
+    assert not (tmp_path / "three.png").exists()
 
 
 def test_it_can_be_repeated_from_its_infotext_and_its_start_alone(init, tmp_path):

@@ -35,6 +35,7 @@ def test_sizes_that_the_model_draws_by_itself_are_left_alone(aim, scale):
 def test_stages_are_taken_where_they_are_worth_their_time():
     assert chosen(scale=WHOLE_FROM + 0.05).method == "demofusion"
     assert chosen(scale=WHOLE_FROM - 0.05).method == "hidiffusion"
+    assert chosen(scale=1.5).reason == "768x768 is 1.50 times the native size 512, too little for stages"
 
 
 @pytest.mark.parametrize("scale", [1.5, 2.0, 3.0, 4.0])
