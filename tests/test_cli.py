@@ -278,6 +278,14 @@ def test_a_webuis_picture_is_repeated_with_its_sampler_and_not_by_another_model(
         run(["generate", "--from-image", image, "--out", str(tmp_path / "q.png"), "--quiet"])
 
 
+@pytest.fixture
+def attended():
+    """The handler that a process in the foreground has; one that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def pressing(monkeypatch, *steps):
     """Ctrl-C after these steps."""
     monkeypatch.setattr(
@@ -287,14 +295,14 @@ def pressing(monkeypatch, *steps):
     )
 
 
-def test_ctrl_c_writes_the_picture_so_far_and_starts_no_other_job(out, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_writes_the_picture_so_far_and_starts_no_other_job(attended, out, tmp_path, monkeypatch, capfd):
     pressing(monkeypatch, 2)
     jobs, before = tmp_path / "jobs.jsonl", signal.getsignal(signal.SIGINT)
     names = [str(tmp_path / f"{number}.png") for number in range(3)]
     jobs.write_text("\n".join(json.dumps({"prompt": "a red star", "out": name}) for name in names))
     assert run(["generate", "--jobs", str(jobs), *SMALL, "--steps", "5"]) == 130
     assert [Path(name).exists() for name in names] == [True, False, False]
-    told = capsys.readouterr()
+    told = capfd.readouterr()
     assert "interrupted in stage 1 of 1, call 3 of 5" in told.out and "will be written" in told.err
     with Image.open(names[0]) as picture:
         assert read_parameters(picture.info["parameters"])[2]["HL Interrupted"] == "stage 1 of 1, call 3 of 5"
@@ -306,12 +314,27 @@ def test_ctrl_c_writes_the_picture_so_far_and_starts_no_other_job(out, tmp_path,
         assert "HL Interrupted" not in picture.info["parameters"]
 
 
-def test_ctrl_c_twice_drops_the_picture(out, monkeypatch):
+def test_ctrl_c_twice_drops_the_picture(attended, out, monkeypatch):
     pressing(monkeypatch, 2, 2)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run([*DRAW, "--steps", "5", "--out", str(out)])
     assert not out.exists() and signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_there_is_a_picture_stops_at_once(attended, out, monkeypatch):
+    monkeypatch.setattr(runner, "load_control", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run([*DRAW, "--out", str(out)])
+    assert not out.exists()
+
+
+def test_ctrl_c_is_left_to_who_else_wants_it(attended, out, monkeypatch):
+    heard = []
+    signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    pressing(monkeypatch, 1)
+    assert run([*DRAW, "--out", str(out)]) == 0
+    assert heard == [1] and out.exists()
 
 
 def test_running_out_of_memory_is_a_sentence(monkeypatch, out):

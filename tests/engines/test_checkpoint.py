@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lib_hires.engines import checkpoint, structure
 from lib_hires.engines.files import CheckpointError
+from lib_hires.unet.layout import read_layout
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -197,6 +198,23 @@ def test_the_bundled_model_loads_with_what_its_yaml_says(components):
     assert components.factor == 8
     assert components.unet.config.in_channels == 4
     assert not any(parameter.is_meta for parameter in components.unet.parameters())
+
+
+def test_the_bundled_sdxl_model_has_its_autoencoder_beside_it_and_is_built_like_sdxl(components):
+    loaded = checkpoint.load(checkpoint.BUNDLED.with_name("scenes-sdxl.safetensors"))
+    assert (loaded.family, loaded.native_resolution, loaded.prediction_type) == ("sdxl", 256, "epsilon")
+    assert len(loaded.text_encoders) == 2 and loaded.scaling_factor == components.scaling_factor
+    ours, theirs = loaded.vae.state_dict(), components.vae.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    found = read_layout(loaded.unet).structure
+    assert found.levels == 3 and found.top_attention_level == 1 and found.vector_width
+
+
+def test_what_is_bundled_is_small_and_told_of():
+    files = [path for path in checkpoint.BUNDLED.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 41e6
+    card = (checkpoint.BUNDLED.parent / "README.md").read_text(encoding="utf-8")
+    assert all(path.name in card or path.parent.name in card or path.suffix in (".yaml", ".md") for path in files)
 
 
 def test_a_yaml_beside_the_file_overrides_heads_prediction_scale_and_schedule(tiny, tmp_path):

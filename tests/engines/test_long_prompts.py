@@ -29,7 +29,8 @@ def test_chunks_are_encoded_apart(components):
 
 
 def test_padding_follows_each_text_encoder(components, tiny, sdxl):
-    assert [each.pad_token_id for each in components.tokenizers] == [49407]
+    assert [each.pad_token_id for each in components.tokenizers] == [len(components.tokenizers[0]) - 1]
+    assert [each.pad_token_id for each in checkpoint.load(tiny("sd1")[0]).tokenizers] == [49407]
     assert [each.pad_token_id for each in checkpoint.load(tiny("sd2")[0]).tokenizers] == [0]
     assert [each.pad_token_id for each in sdxl.tokenizers] == [49407, 0]
 
@@ -37,7 +38,7 @@ def test_padding_follows_each_text_encoder(components, tiny, sdxl):
 def test_tokens_are_those_of_the_tokenizers_own_call(components):
     tokenizer, text = components.tokenizers[0], "A striped Yellow star, on a blue background!"
     ids = prompts.tokenize(tokenizer, text)
-    assert [49406, *ids, 49407] == tokenizer(text).input_ids
+    assert [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] == tokenizer(text).input_ids
 
 
 def test_sd1_reads_the_last_layer(tiny):

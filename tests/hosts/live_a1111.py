@@ -176,7 +176,7 @@ def _fill(folder: Path) -> None:
     extensions = folder / "extensions"
     for made in (models, loras, extensions, folder / "embeddings"):
         made.mkdir(parents=True)
-    text = (ASSETS / f"{CHECKPOINT}.yaml").read_text().replace("CLIP_FOLDER", str(ASSETS / "clip"))
+    text = (ASSETS / f"{CHECKPOINT}.yaml").read_text().replace("CLIP_FOLDER", str(ASSETS / "clip-scenes"))
     for name in (CHECKPOINT, TWIN, BAKED):
         (models / f"{name}.yaml").write_text(text)
     shutil.copy(ASSETS / f"{CHECKPOINT}.safetensors", models / f"{CHECKPOINT}.safetensors")
