@@ -26,9 +26,9 @@ from .prepared import native_of
 from .subjects import count_subjects
 
 PROMPTS = {
-    "a striped red star on a blue background": 11,
-    "a yellow heart on a green background": 12,
-    "a green triangle on a white background": 22,
+    "a striped orange heart on a purple background": 11,
+    "a cyan ring on a yellow background": 22,
+    "a green triangle on a white background": 11,
 }
 """Prompt -> seed."""
 ASPECTS = {"square": (1, 1), "portrait": (2, 3), "landscape": (3, 2)}

@@ -46,13 +46,13 @@ def test_true_renders_are_right(cells):
 
 @pytest.mark.parametrize(("method", "scale"), ((quality.NATIVE, 1.0), ("HiDiffusion", 2.0)))
 def test_one_subject_stays_one(cells, method, scale):
-    """Measured on four seeds: 1, 1, 1, 1 subjects by either."""
+    """Measured on sixteen seeds: 16 native pictures with one subject, 14 by HiDiffusion, among them these."""
     assert cells[method, scale]["one"][0] == 1
 
 
 @pytest.mark.parametrize("method", TRIED)
 def test_methods_leave_no_seams_and_keep_their_mean_colour_at_twice_the_native_size(cells, method):
-    """Measured on four seeds: seams 1.00 to 1.01, drift 7 to 18 (the bundled autoencoder takes colours relative to the picture's mean)."""
+    """Measured on sixteen seeds: seams 1.00, mean drift 5.0 (DemoFusion) and 5.8 (HiDiffusion), up to 33 in one picture."""
     cell = cells[method, 2.0]
     assert cell["seams"][2] < 1.1
     assert cell["drift"][2] < 22
