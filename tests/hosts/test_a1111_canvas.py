@@ -123,7 +123,7 @@ def test_a_batch_of_two_is_two_singles(a1111, method, sampler):
 
 @pytest.mark.parametrize("fields", [
     {"prompt": "a striped red star AND a blue background :0.6"},
-    {"prompt": "a (red:1.3) star " + "and many more words " * 25},
+    {"prompt": "a (red:1.3) star on a blue background, " + "high quality, detailed, " * 25},
     {"prompt": "a [red:green:0.5] star"},
     {"cfg_scale": 1}, {"sampler_name": "DDIM"}, {"sampler_name": "PLMS"}, {"sampler_name": "LCM", "cfg_scale": 1.5},
     {"override_settings": {"batch_cond_uncond": False}}, {"override_settings": {"pad_cond_uncond": True}},
