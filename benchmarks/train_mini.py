@@ -23,7 +23,7 @@ from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.sidecar import SMALL_FOLDER
 
 from .mini import autoencoder, denoiser, export, judge, networks, scenes, vocabulary, words
-from .mini.training import Training
+from .mini.training import Training, keep
 
 DESCRIPTION = "One subject on a plain ground: drawn scenes, for tests and measurements"
 BESIDE = "scenes-sd15.safetensors"
@@ -148,8 +148,7 @@ class Course:
         if kept.get("made_from") != made_from:
             autoencoder.standardise(vae, pictures)
             kept = {"made_from": made_from, "state": vae.state_dict()}
-            torch.save(kept, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+            keep(kept, path)
         vae.load_state_dict(kept["state"])
         return vae
 

@@ -27,6 +27,7 @@ from lib_hires.engines.prompts import Conditioning, encode
 from lib_hires.plan.models import LATENT_FACTOR
 
 from . import autoencoder, scenes, words
+from .training import keep
 
 ZOOMED = 0.15
 """Share of parts of scenes in a pool."""
@@ -91,10 +92,8 @@ def make_pool(
         made_from = f"{encoder} {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
         kept = torch.load(path, weights_only=True) if path.exists() else {}
         if kept.get("made_from") != made_from:
-            folder.mkdir(parents=True, exist_ok=True)
             kept = {"latents": _encode(vae, seen, side), "made_from": made_from}
-            torch.save(kept, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+            keep(kept, path)
             log(f"latents of {(number + 1) * CHUNK} of {count} scenes at {side}x{side}")
         latents.append(kept["latents"])
         sights += seen

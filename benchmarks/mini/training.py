@@ -14,6 +14,14 @@ import torch
 SAVE_SECONDS = 120
 
 
+def keep(state: dict, path: Path) -> None:
+    """Write a state; the file is whole at any time, a stop in the middle leaves the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    torch.save(state, fresh)
+    fresh.replace(path)
+
+
 @dataclass
 class Training:
     """A module on its way: steps of `loss(step) -> scalar`, until `steps` are done or `minutes` are over.
@@ -87,10 +95,7 @@ class Training:
             "done": self.done,
             "losses": self.losses,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".part")
-        torch.save(state, fresh)
-        fresh.replace(self.path)
+        keep(state, self.path)
 
     def _share(self) -> float:
         if self.done < self.warm:

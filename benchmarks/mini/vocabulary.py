@@ -10,7 +10,7 @@ import itertools
 import json
 from pathlib import Path
 
-from lib_hires.engines.sidecar import CLIP_FOLDER, SMALL_FOLDER
+from lib_hires.engines.sidecar import CLIP_FOLDER, SMALL_FOLDER, vocabulary_size
 
 BYTES = 512  # CLIP's vocabulary starts with every byte, inside a word and at its end
 END_OF_WORD = "</w>"
@@ -21,7 +21,7 @@ Pair = tuple[str, str]
 
 def size() -> int:
     """Tokens in the bundled small vocabulary."""
-    return json.loads((SMALL_FOLDER / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return vocabulary_size(SMALL_FOLDER)
 
 
 def save(folder: Path, words: list[str]) -> None:

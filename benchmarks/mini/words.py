@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from lib_hires.engines.components import tokenizers
+from lib_hires.engines.prompts import hidden_of
 
 from . import networks, scenes, vocabulary
 
@@ -47,7 +48,7 @@ class Towers(nn.Module):
             ids = ids_of(tokenizer, texts)
             behind = from_end(ids, tokenizer.eos_token_id)
             answer = encoder(ids, output_hidden_states=True)
-            read.append((answer.hidden_states[-2] if self.family == "sdxl" else answer.last_hidden_state, behind))
+            read.append((hidden_of(answer, self.family), behind))
             if "text_embeds" in answer:
                 read.append((answer.text_embeds[:, None], torch.ones(len(texts), 1, dtype=torch.bool)))
         return read

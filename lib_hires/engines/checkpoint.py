@@ -3,7 +3,8 @@
     path -> tensors (files) -> family and configs (structure, sidecar) -> empty modules -> weights, one tensor at a time
 
 Single files are in the original ldm/sgm layout; their keys go through diffusers' own converters
-(`diffusers.loaders.single_file_utils`). The tokenizer is CLIP's, which SD1, SD2 and SDXL share; the small models of this project have a part of it.
+(`diffusers.loaders.single_file_utils`). The tokenizer is CLIP's, which SD1, SD2 and SDXL share;
+the small models of this project have a part of it.
 """
 
 from __future__ import annotations

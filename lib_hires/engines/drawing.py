@@ -148,13 +148,15 @@ class Drawing:
         denoiser = _fitted(self.denoiser, stage_run.size)
         if stage_run.canvas is not None:
             denoiser = CanvasDenoiser(denoiser, self.images, job.cfg, stage_run, self.session, self.engine.control)
+        begun = run.positions[first]
+        steps = run.steps - begun
         for call in range(first, len(run.timesteps)):
             moment = schedule.moment(timestep=run.timesteps[call])
-            step = run.positions[call] - run.positions[first]
-            self.session.at(timestep=moment.timestep, step=step, steps=run.steps - run.positions[first])
+            step = run.positions[call] - begun
+            self.session.at(timestep=moment.timestep, step=step, steps=steps)
             self.gather()
             if stage_run.canvas is not None:
-                denoiser.at(moment, step, run.steps - run.positions[first])
+                denoiser.at(moment, step, steps)
                 latents = stage_run.pull(latents, moment, run.initial_sigma == 1)
             scaled = run.scaled(latents, call)
             prediction = predict(denoiser, scaled, timesteps[call], job)

@@ -63,9 +63,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def init_picture(path: str) -> Image.Image:
     """The picture that a job starts from, upright. Raises `SettingError` where it cannot be read."""
+    with _opened(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            yield picture
     except UNREADABLE as error:
         raise SettingError("init_image", path, "a picture that can be read", f"{error}.") from error
 
@@ -75,11 +81,8 @@ def size_like(path: str, width: int | None, height: int | None) -> tuple[int, in
 
     Raises `SettingError` where the picture cannot be read.
     """
-    try:
-        with Image.open(path) as picture:
-            own = picture.size if picture.getexif().get(ORIENTATION, 1) < SIDEWAYS else picture.size[::-1]
-    except UNREADABLE as error:
-        raise SettingError("init_image", path, "a picture that can be read", f"{error}.") from error
+    with _opened(path) as picture:
+        own = picture.size if picture.getexif().get(ORIENTATION, 1) < SIDEWAYS else picture.size[::-1]
     times = width / own[0] if width else height / own[1] if height else 1.0
     fitted = [max(1, round(length * times / LATENT_FACTOR)) * LATENT_FACTOR for length in own]
     return width or fitted[0], height or fitted[1]

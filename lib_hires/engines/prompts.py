@@ -104,12 +104,17 @@ def chunked(tokens: list[int], chunks: int, start: int, end: int, pad: int) -> l
     return [[start, *row, end, *[pad] * (CHUNK - len(row))] for row in rows]
 
 
+def hidden_of(answer, family: str) -> torch.Tensor:
+    """(N, T, D): the layer of a text encoder's answer that a family's UNet reads."""
+    return answer.hidden_states[-2] if family == "sdxl" else answer.last_hidden_state
+
+
 @torch.no_grad()
 def _run(encoder, tokenizer, prompts: list[list[int]], chunks: int, family: str):
     """(N, 77 chunks, D) hidden states and (N, P) pooled projections (None but for SDXL's second tower)."""
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = torch.tensor([row for tokens in prompts for row in chunked(tokens, chunks, start, end, pad)])
     answer = encoder(ids.to(encoder.device), output_hidden_states=family == "sdxl")
-    hidden = answer.hidden_states[-2] if family == "sdxl" else answer.last_hidden_state
+    hidden = hidden_of(answer, family)
     pooled = getattr(answer, "text_embeds", None)
     return hidden.reshape(len(prompts), -1, hidden.shape[-1]), None if pooled is None else pooled[::chunks].clone()

@@ -65,7 +65,7 @@ def vocabulary(known: int) -> Path:
 
     Raises `CheckpointError` where there is none: ids beyond an embedding's rows are no words.
     """
-    small, whole = (_config(folder)["vocab_size"] for folder in (SMALL_FOLDER, CLIP_FOLDER))
+    small, whole = (vocabulary_size(folder) for folder in (SMALL_FOLDER, CLIP_FOLDER))
     if known == small:
         return SMALL_FOLDER
     if 0 < known < whole:
@@ -104,6 +104,11 @@ def _prediction(params: Mapping, name: str) -> str | None:
 def _clip_folder(version: str | None) -> dict:
     """The config.json of the CLIP folder that a yaml names; the bundled one's if it names none that is here."""
     return _config(Path(version) if version and (Path(version) / "config.json").exists() else CLIP_FOLDER)
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Tokens in a vocabulary's folder."""
+    return _config(folder)["vocab_size"]
 
 
 def _config(folder: Path) -> dict:

@@ -118,10 +118,10 @@ def read_arguments(args: Sequence[Any], override: Mapping[str, Any] | None = Non
         return Asked()
     meant = {key.partition(".")[0] for key in override} & methods().keys() - {method.name}
     if method.automatic and chosen is None and len(meant) == 1:
-        chooser, method_name = method, meant.pop()
-        _, method_name, values = read(args, method_name, on=True)
-        method = find_method(method_name)
-        values = {name: value for name, value in values.items() if name not in {row.name for row in schema(chooser)}}
+        replaced = {row.name for row in schema(method)}
+        method = methods()[meant.pop()]
+        _, _, values = read(args, method.name, on=True)
+        values = {name: value for name, value in values.items() if name not in replaced}
     notes = []
     for key, value in override.items():
         owner, _, name = key.partition(".")
