@@ -12,7 +12,7 @@ from lib_hires.engines.drawing import Drawing
 from lib_hires.engines.job import Job, Result
 from lib_hires.engines.runner import engine_job_of, resolved, session_for, stages_of
 from lib_hires.engines.standalone import Engine
-from lib_hires.plan.tiling import Stage
+from lib_hires.plan.tiling import Stage, evaluations_of
 from lib_hires.unet.session import Session
 
 from .speed import wait
@@ -53,5 +53,4 @@ class Prepared:
 
     def evaluations(self) -> int:
         """UNet evaluations (with and without text count as one) that this will take, from its plan."""
-        calls = self.engine.calls(self.job, self.stages)
-        return sum(count * stage.evaluations() for count, stage in zip(calls, self.stages))
+        return evaluations_of(self.stages, self.engine.calls(self.job, self.stages))

@@ -26,6 +26,8 @@ from ..plan.tiling import (
 )
 
 NOTHING, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
+LOOKS = (800, 600, 400, 200)
+"""Timesteps at which a picture that is given is looked at for attention maps."""
 LEAST_RATIO = 1.05
 """Below this scale over the native size there is no second stage."""
 
@@ -157,7 +159,8 @@ class StagedMethod(CanvasMethod):
         native = model.native // LATENT_FACTOR
         first, ratio = first_size(size, native)
         if started:
-            return (Stage(size, ratio, canvas=self.canvas(model, size, ratio)),)
+            plan = self.canvas(model, size, ratio)
+            return (Stage(size, ratio, canvas=plan, looks=LOOKS if plan.window_prompts else ()),)
         if self.published:
             return self._published_stages(model, size, native)
         if ratio < LEAST_RATIO:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..plan.route import Size
-from ..plan.tiling import Stage, fitting
+from ..plan.tiling import Stage
 from ..randomness import Records
 from ..stages.edge_hints import edge_hint
 from ..stages.progressive import Progressive, StageRun
@@ -91,11 +91,10 @@ class Drawing:
 
     def look(self, latents: torch.Tensor, stage: Stage) -> None:
         """Gather attention maps of a picture that no stage here has drawn."""
-        size = tuple(fitting(length / stage.scale) for length in stage.size)
-        noise, _ = self.engine.noise(self.job, size)
-        denoiser, device = _fitted(self.denoiser, size), latents.device
+        noise, _ = self.engine.noise(self.job, stage.first_size)
+        denoiser, device = _fitted(self.denoiser, stage.first_size), latents.device
         with self.maps:
-            for timestep, state in looks(latents, size, noise, self.engine.schedule()):
+            for timestep, state in looks(latents, stage, noise, self.engine.schedule()):
                 self.gather()
                 predict(denoiser, state, torch.tensor(float(timestep), device=device), self.job)
 

@@ -31,8 +31,9 @@ def sizes_of(stages: Sequence[Stage], calls: Sequence[int]) -> dict[tuple[int, i
     """How often the network is called at each size (height, width in latents) in a run."""
     counts: dict[tuple[int, int], int] = {}
     for stage, count in zip(stages, calls):
-        for size, number in stage.inputs():
-            counts[size] = counts.get(size, 0) + number * count
+        looked = [(stage.first_size, len(stage.looks))] if stage.looks else []
+        for size, number in [*looked, *((size, number * count) for size, number in stage.inputs())]:
+            counts[size] = counts.get(size, 0) + number
     return counts
 
 

@@ -8,16 +8,13 @@ from ..schedule import Level
 from .method import UNetPlan
 from .models import LATENT_FACTOR, Model
 from .route import Size, find_route, sizes_in_words
-from .tiling import Stage
+from .tiling import Stage, evaluations_of
 
 
 def describe_plan(model: Model, size: Size, plan: UNetPlan, levels: Sequence[Level]) -> list[str]:
     """Lines for latents of `size` (height, width) and the noise levels of the UNet calls, equal neighbours together."""
     scale = model.scale(*size)
-    lines = [
-        f"{size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR} is {scale:.2f} times the native size "
-        f"{model.native} of this {model.family.title} model."
-    ]
+    lines = [f"{_pixels(size)} is {scale:.2f} times the native size {model.native} of this {model.family.title} model."]
     lines += plan.notes
     spans: list[tuple[str, int, int]] = []
     for call, level in enumerate(levels, start=1):
@@ -39,15 +36,22 @@ def _call_in_words(model: Model, size: Size, plan: UNetPlan, level: Level) -> st
 
 def describe_stages(stages: Sequence[Stage], calls: Sequence[int]) -> list[str]:
     """Lines for the stages of a run; `calls`: denoiser calls of each."""
-    lines, total = [], 0
+    lines = []
     for number, (stage, count) in enumerate(zip(stages, calls), start=1):
-        evaluations = count * stage.evaluations()
-        total += evaluations
-        size = f"{stage.size[1] * LATENT_FACTOR}x{stage.size[0] * LATENT_FACTOR}"
+        if stage.looks:
+            lines.append(
+                f"first {len(stage.looks)} looks at the picture, {_pixels(stage.first_size)}, for where its words lie"
+            )
         lines.append(
-            f"stage {number}: {size}, {count} denoiser calls, {evaluations} UNet evaluations ({_canvas_in_words(stage)})"
+            f"stage {number}: {_pixels(stage.size)}, {count} denoiser calls, {count * stage.evaluations()} UNet evaluations "
+            f"({_canvas_in_words(stage)})"
         )
+    total = evaluations_of(stages, calls)
     return [*lines, f"{len(stages)} stage(s), {sum(calls)} denoiser calls, {total} UNet evaluations."]
+
+
+def _pixels(size: Size) -> str:
+    return f"{size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}"
 
 
 def _canvas_in_words(stage: Stage) -> str:

@@ -8,6 +8,7 @@ left over uncovered). With jitter every view moves by a seeded draw, edge views 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .route import Size
@@ -146,18 +147,25 @@ class Stage:
     """One sampling run at one size (height, width in latents).
 
     scale: of this stage over the first one. strength: the share of the sampler's steps that is run (1: all of them); a
-    first stage that starts from noise runs all. canvas: None for plain sampling.
+    first stage that starts from noise runs all. canvas: None for plain sampling. looks: timesteps at which a picture that is
+    given is looked at, at the first stage's size, before the stage begins.
     """
 
     size: Size
     scale: float = 1.0
     strength: float = 1.0
     canvas: CanvasPlan | None = None
+    looks: tuple[int, ...] = ()
 
     @property
     def wrap(self) -> tuple[bool, bool]:
         """(top to bottom, left to right): the edges that meet."""
         return self.canvas.local.wrap if self.canvas and self.canvas.local else (False, False)
+
+    @property
+    def first_size(self) -> Size:
+        """The size of the first stage, which this one enlarges."""
+        return tuple(fitting(length / self.scale) for length in self.size)
 
     def inputs(self) -> list[tuple[Size, int]]:
         """What one denoiser call asks the network: (size of the inputs, how many of them)."""
@@ -170,6 +178,11 @@ class Stage:
     def steps_of(self, steps: int) -> int:
         """How many of a sampler's steps the stage's strength means."""
         return max(1, round(self.strength * steps))
+
+
+def evaluations_of(stages: Sequence[Stage], calls: Sequence[int]) -> int:
+    """UNet evaluations of a run with this many denoiser calls in each stage."""
+    return sum(len(stage.looks) + count * stage.evaluations() for stage, count in zip(stages, calls))
 
 
 def nearest_factor(ratio: float) -> int:

@@ -10,20 +10,17 @@ from torch.nn import functional as F
 from ..canvas.canvas import Canvas
 from ..canvas.masks import kept_words, word_masks
 from ..canvas.words import Word, join
-from ..plan.route import Size
+from ..plan.tiling import Stage
 from ..schedule import NoiseSchedule
 
-LOOKS = (800, 600, 400, 200)
-"""Timesteps at which a picture that is given is looked at for attention maps."""
 
-
-def looks(latents: Tensor, size: Size, noise: Tensor, schedule: NoiseSchedule) -> Iterator[tuple[int, Tensor]]:
+def looks(latents: Tensor, stage: Stage, noise: Tensor, schedule: NoiseSchedule) -> Iterator[tuple[int, Tensor]]:
     """(timestep, scaled latents) to call the network with while it gathers maps of a picture that is given.
 
-    latents: (B, C, H, W), clean; size: to look at them in; noise: (B, C, *size).
+    latents: (B, C, H, W), clean; noise: (B, C, *stage.first_size).
     """
-    small = F.interpolate(latents.float(), size=size, mode="bicubic", antialias=True)
-    for timestep in LOOKS:
+    small = F.interpolate(latents.float(), size=stage.first_size, mode="bicubic", antialias=True)
+    for timestep in stage.looks:
         sigma = schedule.sigma(timestep)
         yield timestep, (small + sigma * noise) / (sigma**2 + 1) ** 0.5
 

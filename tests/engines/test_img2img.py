@@ -240,6 +240,16 @@ def test_a_dry_run_tells_the_calls_of_the_part_that_is_run(init, tmp_path, capsy
     assert "stage 1: 96x64, 2 denoiser calls" in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_looks_at_the_picture_that_are_then_taken(init, tmp_path, capsys):
+    method = ("--method", "accdiffusion", "--set", "native_size=48")
+    run(flags(init, tmp_path / "x.png", "--dry-run", *method))
+    told = capsys.readouterr().out
+    run(flags(init, tmp_path / "x.png", "--report", str(tmp_path / "x.json"), *method))
+    taken = json.loads((tmp_path / "x.json").read_text())["stages"]
+    assert "first 4 looks at the picture, 48x32" in told
+    assert f"{sum(stage['unet_evaluations'] for stage in taken)} UNet evaluations." in told
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

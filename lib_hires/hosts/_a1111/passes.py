@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...config.errors import Conflict
 from ...plan.models import LATENT_FACTOR, Model
 from ...plan.route import Size
-from ...plan.tiling import Stage, first_size
+from ...plan.tiling import Stage
 from ...request import Request
 from ...schedule import NoiseSchedule
 from ...stages.progressive import Progressive, StageRun
@@ -221,7 +221,8 @@ class Pass:
         """Attention maps of latents that are given: a few noised looks at the native size."""
         from modules import prompt_parser, shared
 
-        size, _ = first_size(tuple(self.told["x"].shape[-2:]), self.model.native // LATENT_FACTOR)
+        stage = self.stages[0]
+        size = stage.first_size
         parts, context = prompt_parser.reconstruct_multicond_batch(self.told["conditioning"], 0)
         rows = [image for image, each in enumerate(parts) for _ in each]
         clean = self.told["x"].float()[rows]
@@ -232,7 +233,7 @@ class Pass:
         told = self._conditioning(context, None if picture is None else picture[rows])
         schedule = NoiseSchedule(shared.sd_model.alphas_cumprod.tolist())
         with control.Silent(self.p), self.maps:
-            for timestep, state in looks(clean, size, noise, schedule):
+            for timestep, state in looks(clean, stage, noise, schedule):
                 self.maps.rows(range(len(rows)))
                 when = torch.full((len(rows),), float(timestep), device=clean.device)
                 shared.sd_model.apply_model(state.to(self.told["x"]), when, told)
