@@ -12,7 +12,10 @@ from ..plan.method import Method
 from ..plan.models import LATENT_FACTOR, Model
 from ..plan.route import Size
 from ..plan.tiling import (
+    MEAN,
+    MEAN_AND_STD,
     MIRROR,
+    NOTHING,
     ZEROS,
     CanvasPlan,
     Cosines,
@@ -25,9 +28,8 @@ from ..plan.tiling import (
     stage_scales,
 )
 
-NOTHING, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
-LOOKS = (800, 600, 400, 200)
-"""Timesteps at which a picture that is given is looked at for attention maps."""
+AS_FITS = "auto"
+PLAIN, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
 LEAST_RATIO = 1.05
 """Below this scale over the native size there is no second stage."""
 
@@ -81,11 +83,11 @@ class CanvasMethod(Method):
         step=1,
     )
     inside: str = setting(
-        NOTHING,
+        PLAIN,
         "Inside views",
         "A change of the network while it draws views: attention in windows is faster; the other two matter for views "
         "larger than the native size.",
-        choices=(NOTHING, WINDOWS, RAUNET, SHRINK),
+        choices=(PLAIN, WINDOWS, RAUNET, SHRINK),
     )
 
     def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
@@ -142,25 +144,34 @@ class StagedMethod(CanvasMethod):
     filter_sigma: float = setting(
         0.8, "Filter sigma", "Width in latents of the Gaussian filter before the grids.", low=0.0, high=8.0, step=0.1
     )
+    anchor: str = setting(
+        AS_FITS,
+        "Colour anchor",
+        "What each stage keeps of the native picture's colours: their mean; mean and std, as published, which can tint a "
+        "subject on a plain ground and outline it; or nothing. 'auto' is the mean, with 'As published' both.",
+        choices=(AS_FITS, MEAN, MEAN_AND_STD, NOTHING),
+        before=MEAN_AND_STD,
+    )
     published: bool = setting(
         False,
         "As published",
         "Repeat the published code's own choices: every whole scale as a stage, zeros around edge views, one mean and "
-        "std over all channels. Only for sizes that are whole multiples of the native size.",
+        "std over all channels as anchor. Only for sizes that are whole multiples of the native size.",
     )
 
     def validate(self) -> None:
         """The published choices know no circles."""
         if self.published and (self.wrap_x or self.wrap_y):
             raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+        if self.published and self.anchor in (MEAN, NOTHING):
+            raise SettingError("anchor", self.anchor, f"{AS_FITS!r} or {MEAN_AND_STD!r} where 'published' is true")
 
     def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
         """The native stage and those after it; where the host `started` (img2img), one stage on its latents."""
         native = model.native // LATENT_FACTOR
         first, ratio = first_size(size, native)
         if started:
-            plan = self.canvas(model, size, ratio)
-            return (Stage(size, ratio, canvas=plan, looks=LOOKS if plan.window_prompts else ()),)
+            return (Stage(size, ratio, canvas=self.canvas(model, size, ratio)).given(),)
         if self.published:
             return self._published_stages(model, size, native)
         if ratio < LEAST_RATIO:
@@ -181,6 +192,7 @@ class StagedMethod(CanvasMethod):
             skip_residual=self.skip_residual,
             cosines=Cosines(self.cosine_1, self.cosine_2, self.cosine_3),
             tile_batch=self.tile_batch,
+            anchor=(MEAN_AND_STD if self.published else MEAN) if self.anchor == AS_FITS else self.anchor,
             published=self.published,
         )
 

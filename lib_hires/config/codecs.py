@@ -31,9 +31,8 @@ def to_infotext(settings: Settings) -> dict[str, str]:
 
 
 def from_infotext(cls: type[Settings], keys: Mapping[str, str]) -> Settings:
-    """The settings that `keys` names; a key that is absent leaves its default. Raises `SettingError`."""
-    rows = [row for row in schema(cls) if row.infotext in keys]
-    return cls.from_dict({row.name: keys[row.infotext] for row in rows})
+    """The settings that `keys` names; one that is absent is what it was before it came. Raises `SettingError`."""
+    return cls.from_dict({row.name: keys.get(row.infotext, row.unwritten) for row in schema(cls)})
 
 
 def from_argv(pairs: Iterable[str]) -> dict[str, str]:

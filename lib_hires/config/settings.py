@@ -22,7 +22,11 @@ AUTO = -1.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting; `kind` is bool, int, float or str."""
+    """What is known of one setting; `kind` is bool, int, float or str.
+
+    before: of a setting that came later, what was done before it came: pictures that do not tell it were drawn so. Such
+    settings stand last in positional lists, so that lists from before still mean the same.
+    """
 
     name: str
     kind: type
@@ -35,6 +39,12 @@ class Setting:
     choices: tuple[str, ...] = ()
     auto: bool = False
     simple: bool = False
+    before: Any = None
+
+    @property
+    def unwritten(self) -> Any:
+        """The value in a picture that does not tell it."""
+        return self.default if self.before is None else self.before
 
     @property
     def infotext(self) -> str:

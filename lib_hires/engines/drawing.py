@@ -46,7 +46,7 @@ class Drawing:
         stopped: Callable[[], bool] = lambda: False,
     ):
         self.stopped, self.interrupted = stopped, ""
-        stages = stages[-1:] if job.started else stages
+        stages = (stages[-1].given(),) if job.started else stages
         self.engine, self.job, self.stages, self.records = engine, job, stages, records
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents

@@ -40,7 +40,7 @@ def describe_stages(stages: Sequence[Stage], calls: Sequence[int]) -> list[str]:
     for number, (stage, count) in enumerate(zip(stages, calls), start=1):
         if stage.looks:
             lines.append(
-                f"first {len(stage.looks)} looks at the picture, {_pixels(stage.first_size)}, for where its words lie"
+                f"before it: {len(stage.looks)} looks at the picture at {_pixels(stage.first_size)}, to find where its words lie"
             )
         lines.append(
             f"stage {number}: {_pixels(stage.size)}, {count} denoiser calls, {count * stage.evaluations()} UNet evaluations "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .route import Size
 
@@ -109,13 +109,20 @@ class Edges:
         return 0.0 if step / steps < self.start or (step + 1) / steps > self.end else self.strength
 
 
+MEAN_AND_STD, MEAN, NOTHING = "mean and std", "mean", "nothing"
+"""What a stage's latents keep of the first stage's."""
+LOOKS = (800, 600, 400, 200)
+"""Timesteps at which a picture that is given is looked at for attention maps."""
+
+
 @dataclass(frozen=True)
 class CanvasPlan:
     """How one prediction on a canvas is made of the UNet's predictions.
 
     skip_residual: pull the sampler's state to the noised result of the stage before. guidance: CFG scale of local views; 0
     is the sampler's. tile_batch: views in one call at most (0: as memory allows). window_prompts: the share of a view that
-    a word has to cover, None where every view has the whole prompt. published: the published code's choices.
+    a word has to cover, None where every view has the whole prompt. anchor: what a stage's latents keep of the first
+    stage's. published: the published code's choices.
     """
 
     local: Local | None = None
@@ -126,6 +133,7 @@ class CanvasPlan:
     tile_batch: int = 0
     window_prompts: float | None = None
     edges: Edges | None = None
+    anchor: str = MEAN
     published: bool = False
 
     def inputs(self, size: Size) -> list[tuple[Size, int]]:
@@ -164,8 +172,12 @@ class Stage:
 
     @property
     def first_size(self) -> Size:
-        """The size of the first stage, which this one enlarges."""
+        """Of a stage that begins with a picture that is given: the size that the first stage would have had."""
         return tuple(fitting(length / self.scale) for length in self.size)
+
+    def given(self) -> Stage:
+        """This stage where it begins with a picture that is given, which has to be looked at for where its words lie."""
+        return replace(self, looks=LOOKS if self.canvas and self.canvas.window_prompts else ())
 
     def inputs(self) -> list[tuple[Size, int]]:
         """What one denoiser call asks the network: (size of the inputs, how many of them)."""

@@ -2,7 +2,7 @@
 
 stage 0     sample from noise                                     (attention maps are gathered here if wanted)
 stage k     z = enlarge(the latents before); sample from z + sigma n, the canvas making each prediction
-            afterwards each image gets back the mean and std of its first stage
+            afterwards each image gets back the mean of its first stage (`anchored`)
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from ..canvas import draws
 from ..canvas.batches import Batches
 from ..canvas.canvas import Canvas
-from ..canvas.views import match, statistics
+from ..canvas.views import statistics
 from ..config.errors import SettingError
 from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Records, Stream
 from ..schedule import Moment
-from .handoff import enlarge
+from .handoff import anchored, enlarge
 
 
 def losing_sampler(name: str, allowed: Sequence[str]) -> SettingError:
@@ -100,7 +100,7 @@ class Progressive:
             if stopped():
                 return latents
             if number:
-                latents = match(latents, *anchor, per_channel)
+                latents = anchored(latents, stage, anchor, per_channel)
             elif len(self.stages) > 1:
                 anchor = statistics(latents, per_channel)
         return latents

@@ -1,6 +1,7 @@
 """The controls in their order, and what a WebUI or its API passes for them, as a request. No gradio, no host.
 
-positional   [enabled, method, each common setting, those of each method, those that methods share, group by group]
+positional   [enabled, method, each common setting, those of each method, those that methods share, group by group, what came
+             later]
 named        [{"method": "hidiffusion", "strength": 1.2}]          what follows the dict is ignored
 override     {"method": "deep_shrink", "deep_shrink.stop2": 0.4}   an XYZ cell's values, by the controls' keys
 
@@ -64,7 +65,8 @@ def controls() -> tuple[Control, ...]:
         rows |= {
             (owner, row.name): row for cls in methods().values() for whose, row in owned_rows(cls) if whose == owner
         }
-    return top + tuple(Control(f"{owner}.{name}", owner, row) for (owner, name), row in rows.items())
+    found = [Control(f"{owner}.{name}", owner, row) for (owner, name), row in rows.items()]
+    return top + tuple(sorted(found, key=lambda control: control.setting.before is not None))
 
 
 @cache

@@ -1,7 +1,7 @@
 """From a picture's infotext back into the controls: one function for each control, generated from the schema.
 
 A picture without `HL Method` switches Hires Lab off and leaves the rest. With it, the common settings and those of its
-method, shared or its own, take the picture's values (what is not written takes its default, as `Request.from_infotext`
+method, shared or its own, take the picture's values (what is not written is what it was before it could be, as `Request.from_infotext`
 reads it); the settings of other methods stay as they are.
 """
 
@@ -36,6 +36,6 @@ def _reader(control: Control) -> Callable[[Mapping[str, Any]], Any]:
             return method.title
         if control.owner not in owners_of(method):
             return None
-        return control.setting.check(keys.get(control.setting.infotext, control.setting.default))
+        return control.setting.check(keys.get(control.setting.infotext, control.setting.unwritten))
 
     return read

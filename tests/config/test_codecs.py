@@ -93,6 +93,12 @@ def test_an_absent_infotext_key_leaves_its_default():
     assert from_infotext(Common, {"HL Threshold": "2.5", "Steps": "20"}) == Common(threshold=2.5)
 
 
+def test_a_picture_from_before_a_setting_was_there_is_read_as_it_was_drawn():
+    old = {key: value for key, value in to_infotext(find_method("demofusion")()).items() if key != "HL Colour anchor"}
+    assert from_infotext(find_method("demofusion"), old).anchor == "mean and std"
+    assert find_method("demofusion")().anchor == "auto"
+
+
 def test_plain_sampling_writes_nothing_and_is_read_from_nothing():
     assert Request().to_infotext() == {}
     assert Request.from_infotext({"Steps": "20"}) == Request()

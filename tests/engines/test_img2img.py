@@ -246,7 +246,7 @@ def test_a_dry_run_counts_the_looks_at_the_picture_that_are_then_taken(init, tmp
     told = capsys.readouterr().out
     run(flags(init, tmp_path / "x.png", "--report", str(tmp_path / "x.json"), *method))
     taken = json.loads((tmp_path / "x.json").read_text())["stages"]
-    assert "first 4 looks at the picture, 48x32" in told
+    assert "before it: 4 looks at the picture at 48x32" in told
     assert f"{sum(stage['unet_evaluations'] for stage in taken)} UNet evaluations." in told
 
 

@@ -16,7 +16,7 @@ from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.config import Common
 from lib_hires.config.errors import SettingError
 from lib_hires.plan.models import FAMILIES, Model
-from lib_hires.plan.tiling import CanvasPlan, Cosines, Stage, stage_scales
+from lib_hires.plan.tiling import MEAN, MEAN_AND_STD, NOTHING, CanvasPlan, Cosines, Stage, stage_scales
 from lib_hires.schedule import Moment, NoiseSchedule
 from lib_hires.stages.handoff import enlarge
 from lib_hires.stages.progressive import Progressive, StageRun
@@ -202,7 +202,8 @@ THREE = tuple(
 
 def test_after_each_stage_every_image_and_channel_has_the_first_one_s_mean_and_std():
     sampler = Sampler()
-    final = Progressive(THREE, (0, 1)).run(sampler)
+    held = tuple(Stage(s.size, s.scale, canvas=s.canvas and CanvasPlan(anchor=MEAN_AND_STD)) for s in THREE)
+    final = Progressive(held, (0, 1)).run(sampler)
     first = 2 * random(2, 4, 8, 8) - 3
     for found, wanted in ((final.mean((2, 3)), first.mean((2, 3))), (final.std((2, 3)), first.std((2, 3)))):
         torch.testing.assert_close(found, wanted)
@@ -211,8 +212,17 @@ def test_after_each_stage_every_image_and_channel_has_the_first_one_s_mean_and_s
     torch.testing.assert_close(sampler.runs[1].reference, enlarge(first, (16, 12)))
 
 
+@pytest.mark.parametrize("anchor", [MEAN, NOTHING])
+def test_a_looser_anchor_leaves_the_spread_to_the_stage(anchor):
+    loose = tuple(Stage(s.size, s.scale, canvas=s.canvas and CanvasPlan(anchor=anchor)) for s in THREE)
+    final, first, own = Progressive(loose, (0, 1)).run(Sampler()), 2 * random(2, 4, 8, 8) - 3, 4 * random(2, 4, 24, 20, seed=2)
+    mean = first.mean((2, 3)) if anchor == MEAN else own.mean((2, 3)) - 1
+    torch.testing.assert_close(final.mean((2, 3)), mean)
+    torch.testing.assert_close(final.std((2, 3)), own.std((2, 3)))
+
+
 def test_published_stages_keep_one_mean_and_std_over_all_channels():
-    published = tuple(Stage(s.size, s.scale, canvas=s.canvas and CanvasPlan(published=True)) for s in THREE)
+    published = tuple(Stage(s.size, s.scale, canvas=s.canvas and CanvasPlan(anchor=MEAN_AND_STD, published=True)) for s in THREE)
     final, first = Progressive(published, (0, 1)).run(Sampler()), 2 * random(2, 4, 8, 8) - 3
     torch.testing.assert_close(final.mean((1, 2, 3)), first.mean((1, 2, 3)))
     torch.testing.assert_close(final.std((1, 2, 3)), first.std((1, 2, 3)))
@@ -253,3 +263,10 @@ def test_later_stages_are_prepared_before_they_run():
     prepared, sampler = [], Sampler()
     Progressive(THREE, (0, 1), prepare=lambda run: prepared.append((run.number, len(sampler.runs)))).run(sampler)
     assert prepared == [(1, 1), (2, 2)]
+
+
+def test_published_stages_take_the_published_anchor_and_no_other():
+    plans = [DemoFusion(**settings).stages(SDXL, (256, 256), Common())[-1].canvas for settings in ({}, {"published": True})]
+    assert [plan.anchor for plan in plans] == [MEAN, MEAN_AND_STD]
+    with pytest.raises(SettingError, match=r"'anchor' is 'mean', must be 'auto' or 'mean and std'"):
+        DemoFusion(published=True, anchor=MEAN)

@@ -19,7 +19,10 @@ def test_controls_are_enabled_method_common_then_each_methods_own_and_then_what_
     own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name and not cls.automatic]
     first = ["enabled", "method", *(f"common.{row.name}" for row in schema(Common)), *own]
     assert keys[: len(first)] == first
-    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) :])) == ["windows", "stages", "views", "auto"]
+    later = [control.key for control in controls() if control.setting.before is not None]
+    assert keys[-len(later) :] == later == ["stages.anchor"]
+    shared = keys[len(first) : -len(later)]
+    assert list(dict.fromkeys(key.split(".")[0] for key in shared)) == ["windows", "stages", "views", "auto"]
 
 
 @pytest.mark.parametrize("name", list(methods()))
