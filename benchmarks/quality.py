@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from lib_hires import Request
 from lib_hires.cli import JOB_DEFAULTS
 from lib_hires.engines.checkpoint import BUNDLED
 from lib_hires.engines.runner import Runner
@@ -62,7 +63,9 @@ ABLATIONS = {
     "DemoFusion, no skip residual": {"method": "demofusion", "skip_residual": False},
     "DemoFusion, no dilated sampling": {"method": "demofusion", "dilated_sampling": False},
     "DemoFusion, no filter": {"method": "demofusion", "filter_sigma": 0.0},
-    "DemoFusion, HiDiffusion inside": {"method": "demofusion", "inside": "hidiffusion"},
+    "DemoFusion, anchor mean and std": {"method": "demofusion", "anchor": "mean and std"},
+    "DemoFusion, no anchor": {"method": "demofusion", "anchor": "nothing"},
+    "DemoFusion, HiDiffusion inside": {"method": "demofusion", "inside": "HiDiffusion"},
     "AccDiffusion": {"method": "accdiffusion"},
     "AccDiffusion, no interaction": {"method": "accdiffusion", "interaction": "none"},
     "AccDiffusion, word share 0.5": {"method": "accdiffusion", "word_share": 0.5},
@@ -198,7 +201,8 @@ class Bench:
         return [[round(value, 4) for value in one] for one in found.tolist()]
 
     def _key(self, name: str, scale: float, aspect: str, seed: int, settings: dict | None) -> str:
-        told = "" if settings is None else json.dumps(settings, sort_keys=True)
+        whole = None if settings is None else Request.from_dict(settings).to_dict()  # a default that changes draws anew
+        told = "" if whole is None else json.dumps(whole, sort_keys=True)
         return f"{self.circumstances} | {name} {scale:g} {aspect} {seed} | {STEPS} {CFG} {SAMPLER} {told}"
 
     def _path(self, key: str) -> Path:

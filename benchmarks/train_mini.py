@@ -119,23 +119,23 @@ class Course:
         return (self.end - time.monotonic()) / 60
 
     def _autoencoder(self):
-        vae = networks.autoencoder().to(self.device)
+        read = autoencoder.Read(networks.autoencoder()).to(self.device)
         crops = functools.cache(autoencoder.Crops)
         for name, steps, sizes, rate in (
-            ("vae-crops", self.budget.crops, autoencoder.CROPPED, 1e-3),
-            ("vae", self.budget.pictures, autoencoder.WHOLE, 5e-4),
+            ("read-crops", self.budget.crops, autoencoder.CROPPED, 1e-3),
+            ("read", self.budget.pictures, autoencoder.WHOLE, 5e-4),
         ):
-            training = Training(vae, self.work / f"{name}.pt", steps, rate=rate, warm=50, average=0.99)
+            training = Training(read, self.work / f"{name}.pt", steps, rate=rate, warm=50, average=0.99)
             if not training.finished and self._left() > 0:
                 training.run(
-                    lambda step, sizes=sizes: autoencoder.loss_of(vae, crops().batch(step, sizes).to(self.device)),
+                    lambda step, sizes=sizes: autoencoder.loss_of(read, crops().batch(step, sizes).to(self.device)),
                     self._left(),
                 )
             if not training.finished:
-                return training.mean, False
-            vae.load_state_dict(training.mean.state_dict())
+                return training.mean.vae, False
+            read.load_state_dict(training.mean.state_dict())
         pictures = _pictures(64, seed=98).to(self.device)
-        vae = self._standardised(training.mean.to(memory_format=torch.channels_last), pictures)
+        vae = self._standardised(training.mean.vae.to(memory_format=torch.channels_last), pictures)
         self.notes.append(
             f"autoencoder {self.budget.crops} and {training.done} steps, {autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
         )

@@ -3,6 +3,11 @@
 Crops of 48 pixels: a latent's receptive field is about that large, and edges, which are all there is to learn, are
 sought: of several crops the liveliest are taken. Group norms take their statistics from what they are shown, so an
 autoencoder that has seen crops only gets the colours of whole pictures wrong: these come after.
+
+Pictures alone do not make good latents. Nine colours fit on a line, and so they were put: all four channels said the same,
+red lay beside cyan and green beside black, and a slight error of the UNet, or of a stage's mean and std, turned one into the
+other. So the channels are held apart (unit covariance), a linear layer must read each latent's colour from them, and the
+decoder is trained through noise that the UNet's errors are small against.
 """
 
 from __future__ import annotations
@@ -10,6 +15,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn import functional
+
+from lib_hires.plan.models import LATENT_FACTOR
 
 from . import networks, scenes
 
@@ -17,7 +26,12 @@ POOL, SOUGHT = 600, 3
 CROPPED = ((48, 12),)
 WHOLE = ((networks.NATIVE // 2, 2), (networks.NATIVE, 1))
 """(side, batch) of the two parts of the training; sizes take turns."""
-PRIOR = 1e-5  # weight of the latents' distance from a unit Gaussian
+NOISE = 0.1
+"""Standard deviation of what is added to latents before they are decoded, where theirs is 1."""
+APART, READ = 0.1, 0.5
+"""Weights of the latents' distance from mean 0 and unit covariance, and of the error of the colours read from them."""
+RECENT = 0.05
+"""Share of a batch in the running mean and covariance: a picture has too few colours to be judged alone."""
 
 
 class Crops:
@@ -62,28 +76,64 @@ def to_tensor(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def loss_of(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Absolute difference of colours and of their steps, and the prior on the latents."""
-    latents = vae.encode(pictures).latent_dist
-    moved = latents.mean + 0.05 * torch.randn_like(latents.mean)
-    drawn = vae.decode(moved).sample
+class Read(nn.Module):
+    """An autoencoder with what it is trained by, thrown away after: a linear layer that reads each latent's mean colour, and
+    the running mean and covariance of the latents.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae, channels = vae, vae.config.latent_channels
+        self.colours = nn.Conv2d(channels, 3, 1)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("covariance", torch.eye(channels))
+
+    def recent(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The running moments with these (B, C, H, W) in them."""
+        mean = self.mean.lerp(moments(latents)[0], RECENT)
+        covariance = self.covariance.lerp(moments(latents, about=mean)[1], RECENT)
+        if self.training:
+            self.mean, self.covariance = mean.detach(), covariance.detach()
+        return mean, covariance
+
+
+def loss_of(read: Read, pictures: torch.Tensor) -> torch.Tensor:
+    """Difference of colours and of their steps, of the latents' covariance from unit, and of the colours read from them."""
+    latents = read.vae.encode(pictures).latent_dist.mean
+    drawn = read.vae.decode(latents + NOISE * torch.randn_like(latents)).sample
     loss = (drawn - pictures).abs().mean() + 0.5 * (drawn - pictures).square().mean()
     for axis in (2, 3):
         loss = loss + (drawn.diff(dim=axis) - pictures.diff(dim=axis)).abs().mean()
-    return loss + PRIOR * latents.mean.square().mean()
+    mean, covariance = read.recent(latents)
+    apart = ((covariance - torch.eye(len(mean)).to(mean)).square().mean() + mean.square().mean()) / RECENT
+    seen = functional.avg_pool2d(pictures, LATENT_FACTOR)
+    return loss + APART * apart + READ * (read.colours(latents) - seen).square().mean()
+
+
+def moments(latents: torch.Tensor, about: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (C,) and covariance (C, C) of the channels of (B, C, H, W); the covariance `about` another mean than their own."""
+    values = latents.transpose(0, 1).flatten(1)
+    mean = values.mean(dim=1)
+    apart = values - (mean if about is None else about)[:, None]
+    return mean, apart @ apart.T / values.shape[1]
 
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Give the latents of `pictures` mean 0 and standard deviation 1 in each channel, by the 1x1 convolutions around them."""
-    latents = vae.encode(pictures).latent_dist.mean
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    """Give the latents of `pictures` mean 0 and unit covariance over the channels, by the 1x1 convolutions around them.
+
+    Of all such changes, the one that moves latents least (ZCA).
+    """
+    mean, covariance = moments(vae.encode(pictures).latent_dist.mean)
+    spread, axes = torch.linalg.eigh(covariance)
+    spread = spread.clamp_min(1e-8).sqrt()
+    whiten, back = (axes * spread.reciprocal()) @ axes.T, (axes * spread) @ axes.T
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
-    post.bias += (post.weight[..., 0, 0] * mean).sum(dim=1)
-    post.weight *= spread[None, :, None, None]
-    quant.bias[:channels] = (quant.bias[:channels] - mean) / spread
-    quant.weight[:channels] /= spread[:, None, None, None]
+    post.bias += post.weight[..., 0, 0] @ mean
+    post.weight.copy_((post.weight[..., 0, 0] @ back)[..., None, None])
+    quant.bias[:channels] = whiten @ (quant.bias[:channels] - mean)
+    quant.weight[:channels] = (whiten @ quant.weight[:channels, :, 0, 0])[..., None, None]
     quant.weight[channels:] = 0  # a fixed, small variance
     quant.bias[channels:] = -12.0
 

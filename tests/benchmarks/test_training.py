@@ -1,6 +1,7 @@
 """Training the small models: states that go on, names that hosts know, words that tell everything."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 from benchmarks.mini import autoencoder, denoiser, export, networks, scenes, vocabulary, words
 from benchmarks.mini.training import Training
-from lib_hires.engines.checkpoint import load
+from lib_hires.engines.checkpoint import BUNDLED, load
 from lib_hires.engines.components import tokenizers
 from lib_hires.engines.files import MissingFile
 from lib_hires.engines.prompts import Conditioning, encode
@@ -120,9 +121,48 @@ def test_standardised_latents_are_standard_and_draw_the_same_picture():
         autoencoder.standardise(vae, pictures)
         latents = vae.encode(pictures).latent_dist.mean
         after = vae.decode(latents).sample
-    assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
-    assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+    mean, covariance = autoencoder.moments(latents)
+    assert torch.allclose(mean, torch.zeros(4), atol=1e-4)
+    assert torch.allclose(covariance, torch.eye(4), atol=2e-3)
     assert torch.allclose(before, after, atol=1e-3)
+
+
+def test_latents_on_a_line_cost_more_than_latents_that_differ(monkeypatch):
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    drawn = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    costs = []
+    for latents in (drawn, drawn[:, :1].expand(-1, 4, -1, -1)):
+        read = autoencoder.Read(networks.autoencoder()).requires_grad_(False)
+        read.colours.weight.zero_()
+        found = SimpleNamespace(latent_dist=SimpleNamespace(mean=latents))
+        monkeypatch.setattr(read.vae, "encode", lambda _pictures, found=found: found)
+        monkeypatch.setattr(read.vae, "decode", lambda _latents: SimpleNamespace(sample=pictures))
+        costs.append([float(autoencoder.loss_of(read, pictures)) for _ in range(60)][-1])
+    assert costs[1] > costs[0] + 0.5
+
+
+def test_grounds_of_single_pictures_count_as_colours_that_differ():
+    read = autoencoder.Read(networks.autoencoder())
+    for step in range(200):
+        flat = torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(step))
+        _, covariance = read.recent(flat.expand(-1, -1, 3, 3))
+    assert (covariance.diagonal() > 0.3).all()
+
+
+def test_the_bundled_autoencoder_puts_every_colour_in_a_place_of_its_own():
+    vae = load(BUNDLED).vae
+    names = list(scenes.COLOURS)
+    places = []
+    with torch.no_grad():
+        for colour in names:
+            seen = []
+            for ground in ("white", "black") if colour not in ("white", "black") else ("red", "blue"):
+                scene = scenes.Scene("square", colour, "plain", ground, radius=0.32, shade=0.0)
+                picture = autoencoder.to_tensor(scenes.render(scene, (256, 256)))[None]
+                seen.append(vae.encode(picture).latent_dist.mean[0, :, 13:19, 13:19].mean(dim=(1, 2)))
+            places.append(torch.stack(seen).mean(dim=0))
+    apart = torch.pdist(torch.stack(places))
+    assert apart.min() > 1.2, sorted(apart.tolist())[:3]
 
 
 def test_sentences_tell_what_their_answers_say():
