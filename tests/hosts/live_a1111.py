@@ -18,6 +18,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import live_models
 import numpy as np
 import torch
 from PIL import Image
@@ -181,6 +182,7 @@ def _fill(folder: Path) -> None:
         (models / f"{name}.yaml").write_text(text)
     shutil.copy(ASSETS / f"{CHECKPOINT}.safetensors", models / f"{CHECKPOINT}.safetensors")
     shutil.copy(ASSETS / f"{CHECKPOINT}.safetensors", models / f"{TWIN}.safetensors")
+    live_models.write(models, ASSETS / f"{CHECKPOINT}.safetensors", ASSETS / "clip-scenes")
     _write_lora(loras / f"{LORA}.safetensors", models / f"{BAKED}.safetensors")
     (extensions / "hires-lab").symlink_to(REPOSITORY)
     probe = extensions / "hires-lab-probe" / "scripts"
