@@ -165,12 +165,14 @@ class Course:
         contexts = denoiser.Contexts(self.towers)
         unet = networks.unet(self.layout).to(self.device, memory_format=torch.channels_last)
         half, native = self.budget.half, self.budget.native
+        latents_of = digest_of(self.vae.state_dict())
         self.unet = unet
         for name, side, (steps, batch, count), rate in (
             (f"unet-{self.name}-half", networks.LATENTS // 2, half, self.budget.rate),
             (f"unet-{self.name}", networks.LATENTS, native, self.budget.rate / 2),
         ):
-            training = Training(unet, self.work / f"{name}.pt", steps, rate=rate, warm=200, average=0.998)
+            path = self.work / f"{name}-{latents_of}.pt"  # with another autoencoder training begins anew
+            training = Training(unet, path, steps, rate=rate, warm=200, average=0.998)
             if not training.finished and self._left() > 0:
                 pool = denoiser.make_pool(self.vae, self.work, side, count)
                 lessons = denoiser.Lessons(pool, contexts, batch, seed=side)

@@ -107,3 +107,5 @@ class Training:
     def _average(self) -> None:
         keep = min(self.average, (1 + self.done) / (10 + self.done))
         torch._foreach_lerp_(list(self.mean.parameters()), list(self.module.parameters()), 1 - keep)
+        for kept, now in zip(self.mean.buffers(), self.module.buffers()):
+            kept.copy_(now)

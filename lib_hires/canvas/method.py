@@ -150,6 +150,7 @@ class StagedMethod(CanvasMethod):
         "What each stage keeps of the native picture's colours: their mean; mean and std, as published, which can tint a "
         "subject on a plain ground and outline it; or nothing. 'auto' is the mean, with 'As published' both.",
         choices=(AS_FITS, MEAN, MEAN_AND_STD, NOTHING),
+        since=2,
         before=MEAN_AND_STD,
     )
     published: bool = setting(

@@ -24,8 +24,9 @@ AUTO = -1.0
 class Setting:
     """What is known of one setting; `kind` is bool, int, float or str.
 
-    before: of a setting that came later, what was done before it came: pictures that do not tell it were drawn so. Such
-    settings stand last in positional lists, so that lists from before still mean the same.
+    since: the number of a setting that came later, larger than of all that were there before it: positional lists have
+    such settings last, in this order, so that those before keep their places.
+    before: what was done before the setting came, where that is not its default: pictures that do not tell it were drawn so.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     auto: bool = False
     simple: bool = False
+    since: int = 0
     before: Any = None
 
     @property

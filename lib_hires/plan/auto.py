@@ -32,6 +32,7 @@ class Auto(Method):
         "'quality' draws in stages where that can be done; 'speed' takes HiDiffusion at every size.",
         choices=(QUALITY, SPEED),
         simple=True,
+        since=1,
     )
 
     def choice(self, model: Model, wanted: Wanted) -> Choice:

@@ -1,7 +1,7 @@
 """The controls in their order, and what a WebUI or its API passes for them, as a request. No gradio, no host.
 
-positional   [enabled, method, each common setting, those of each method, those that methods share, group by group, what came
-             later]
+positional   [enabled, method, each common setting, those of each method, those that methods share, group by group, and at the
+             end what came later (`Setting.since`)]
 named        [{"method": "hidiffusion", "strength": 1.2}]          what follows the dict is ignored
 override     {"method": "deep_shrink", "deep_shrink.stop2": 0.4}   an XYZ cell's values, by the controls' keys
 
@@ -66,18 +66,14 @@ def controls() -> tuple[Control, ...]:
             (owner, row.name): row for cls in methods().values() for whose, row in owned_rows(cls) if whose == owner
         }
     found = [Control(f"{owner}.{name}", owner, row) for (owner, name), row in rows.items()]
-    return top + tuple(sorted(found, key=lambda control: control.setting.before is not None))
+    return top + tuple(sorted(found, key=lambda control: control.setting.since))
 
 
 @cache
 def all_owners() -> tuple[str, ...]:
-    """Whose settings there are beside the common ones: the methods that have some of their own, the groups, what chooses.
-
-    The last are new, and positional lists that were saved before them still mean the same.
-    """
+    """Whose settings there are beside the common ones: the methods that have some of their own, then the groups."""
     found = dict.fromkeys(owner for cls in methods().values() for owner in owners(cls))
-    choosing = {name for name, cls in methods().items() if cls.automatic}
-    return tuple(sorted(found, key=lambda owner: (owner in choosing, owner not in methods())))
+    return tuple(sorted(found, key=lambda owner: owner not in methods()))
 
 
 def owners_of(method: type[Method] | None) -> tuple[str, ...]:

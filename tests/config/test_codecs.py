@@ -89,7 +89,7 @@ def test_infotext_holds_every_setting_so_that_a_later_default_changes_no_old_pic
         assert list(to_infotext(cls())) == [row.infotext for row in schema(cls)]
 
 
-def test_an_absent_infotext_key_leaves_its_default():
+def test_an_absent_infotext_key_that_always_was_leaves_its_default():
     assert from_infotext(Common, {"HL Threshold": "2.5", "Steps": "20"}) == Common(threshold=2.5)
 
 

@@ -21,7 +21,6 @@ sys.path.append(str(Path(__file__).parents[1] / "engines"))
 from original_layout import original_unet
 
 INPAINTING, V_PREDICTION, SDXL = "scenes-inpainting", "scenes-v", "random-sdxl"
-KINDS = (INPAINTING, V_PREDICTION, SDXL)
 FURTHER = 5
 """Channels of an inpainting model's input beside the latents: the mask, and the masked picture's latents."""
 OPEN_CLIP, WIDTH, LAYERS, TOKENS, VOCABULARY = "ViT-S-32-alt", 256, 10, 77, 49408

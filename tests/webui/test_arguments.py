@@ -19,10 +19,20 @@ def test_controls_are_enabled_method_common_then_each_methods_own_and_then_what_
     own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name and not cls.automatic]
     first = ["enabled", "method", *(f"common.{row.name}" for row in schema(Common)), *own]
     assert keys[: len(first)] == first
-    later = [control.key for control in controls() if control.setting.before is not None]
-    assert keys[-len(later) :] == later == ["stages.anchor"]
-    shared = keys[len(first) : -len(later)]
-    assert list(dict.fromkeys(key.split(".")[0] for key in shared)) == ["windows", "stages", "views", "auto"]
+    assert keys[-2:] == ["auto.aim", "stages.anchor"]
+    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) : -2])) == ["windows", "stages", "views"]
+
+
+def test_settings_that_came_later_have_numbers_of_their_own_and_stand_last_in_their_order():
+    since = [control.setting.since for control in controls()]
+    later = [number for number in since if number]
+    assert since == sorted(since) and len(set(later)) == len(later)
+    assert all(control.setting.since for control in controls() if control.setting.before is not None)
+
+
+def test_a_list_from_before_a_setting_keeps_the_places_of_all_others():
+    found = read_arguments(values(enabled=True, method="DemoFusion", views__overlap=0.25)[:-2]).request.method
+    assert (found.overlap, found.anchor) == (0.25, "auto")
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -35,7 +45,7 @@ def test_every_setting_of_a_method_has_exactly_one_control_among_those_of_its_ow
 def test_a_shared_setting_has_one_control():
     assert [control.key for control in controls() if control.setting.name == "overlap"] == ["views.overlap"]
     assert len({control.key for control in controls()}) == len(controls())
-    assert all_owners()[-4:] == ("windows", "stages", "views", "auto")
+    assert all_owners()[-3:] == ("windows", "stages", "views")
     assert owners_of(methods()["demofusion"]) == ("common", "stages", "views") and owners_of(None) == ("common",)
 
 

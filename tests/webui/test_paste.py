@@ -73,7 +73,13 @@ def test_shared_settings_are_pasted_where_the_pictures_method_has_them():
     assert all(value is None for key, value in found.items() if key.startswith("views."))
 
 
-def test_a_key_that_is_not_written_takes_its_default():
+def test_a_picture_from_before_a_setting_was_there_is_pasted_as_it_was_drawn():
+    keys = Request.from_dict({"method": "demofusion"}).to_infotext()
+    del keys["HL Colour anchor"]
+    assert read_arguments(paste(keys)).request.method == methods()["demofusion"](anchor="mean and std")
+
+
+def test_a_key_that_is_not_written_and_always_was_takes_its_default():
     before = paste(Request.from_dict({"method": "hidiffusion", "t1": 0.3}).to_infotext())
     after = read_arguments(paste({"HL Method": "HiDiffusion", "HL Strength": "1.5"}, before)).request
     assert after.method == methods()["hidiffusion"](strength=1.5)
