@@ -78,11 +78,11 @@ class Drawing:
     def refine(self, progressive: Progressive) -> torch.Tensor:
         """One stage, from the latents of the job's picture."""
         (stage,) = self.stages
-        self.latents = self.engine.encode(self.job.init, stage.size, stage.wrap).expand(self.job.batch, -1, -1, -1)
+        given = self.engine.encode(self.job.init, stage.size, stage.wrap).expand(self.job.batch, -1, -1, -1)
         with count_calls(self.engine.components.unet) as looked:
             if self.maps is not None:
-                self.look(self.latents, stage)
-        run = progressive.started(stage, self.number, self.latents, progressive.noise(stage, self.number, self.latents))
+                self.look(given, stage)
+        run = progressive.started(stage, self.number, given, progressive.noise(stage, self.number, given))
         self.prepare(run)
         latents = self.sample(run)
         self.reports[-1]["unet_calls"] += looked.total
@@ -111,7 +111,7 @@ class Drawing:
                 self.engine.components, self.job.negative, self.job.prompt, self.maps, stage_run, self.job.batch
             )
         if plan and plan.edges and self.engine.control is not None:
-            pictures = self.engine.decode(self.latents, stage_run.stage.wrap)
+            pictures = self.engine.decode(stage_run.before, stage_run.stage.wrap)
             hint = edge_hint([np.asarray(picture) for picture in pictures], stage_run)
             stage_run.hint = hint.to(self.engine.components.device)
 
@@ -127,7 +127,6 @@ class Drawing:
         gathering = self.maps if stage_run.number == 0 and self.maps is not None else contextlib.nullcontext()
         with count_calls(self.engine.components.unet) as calls, self.session, gathering:
             latents = self.loop(stage_run, run, first, latents, generators)
-        self.latents = latents
         factor = self.engine.components.factor
         self.reports.append(
             {

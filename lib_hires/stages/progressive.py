@@ -41,8 +41,8 @@ class StageRun:
     """One stage while it runs.
 
     number: counted from 0. canvas: None for plain sampling. reference: (B, C, H, W) the clean latents that it starts from
-    and noise: unit noise of that shape; both None for the first. prompts: for each image and view the window prompt.
-    hint: (B, 3, 8 H, 8 W) edges in 0..1.
+    and noise: unit noise of that shape; both None for the first. before: the latents that the stage before handed on, at its
+    own size. prompts: for each image and view the window prompt. hint: (B, 3, 8 H, 8 W) edges in 0..1.
     """
 
     stage: Stage
@@ -50,6 +50,7 @@ class StageRun:
     canvas: Canvas | None = None
     reference: Tensor | None = None
     noise: Tensor | None = None
+    before: Tensor | None = None
     prompts: Any = None
     hint: Tensor | None = None
 
@@ -112,11 +113,12 @@ class Progressive:
     def later(self, stage: Stage, number: int, latents: Tensor) -> StageRun:
         """The run of a stage that starts from the `latents` before it."""
         reference = enlarge(latents, stage.size, stretch=stage.canvas is not None and stage.canvas.published)
-        return self.started(stage, number, reference, self.noise(stage, number, reference))
+        noise = self.noise(stage, number, reference)
+        return StageRun(stage, number, self.canvas(stage, number), reference, noise, before=latents)
 
     def started(self, stage: Stage, number: int, reference: Tensor, noise: Tensor) -> StageRun:
         """The run of a stage from latents and noise of its own size."""
-        return StageRun(stage, number, self.canvas(stage, number), reference, noise)
+        return StageRun(stage, number, self.canvas(stage, number), reference, noise, before=reference)
 
     def canvas(self, stage: Stage, number: int) -> Canvas | None:
         """The stage's canvas."""

@@ -270,3 +270,19 @@ def test_published_stages_take_the_published_anchor_and_no_other():
     assert [plan.anchor for plan in plans] == [MEAN, MEAN_AND_STD]
     with pytest.raises(SettingError, match=r"'anchor' is 'mean', must be 'auto' or 'mean and std'"):
         DemoFusion(published=True, anchor=MEAN)
+
+
+@pytest.mark.parametrize("anchor", ["mean", "mean and std"])
+def test_a_stage_is_prepared_with_the_latents_that_the_one_before_handed_on(anchor):
+    prepared, sampled = [], []
+    canvas = CanvasPlan(anchor=anchor)
+    stages = [Stage((8, 8)), *(Stage((8 * s, 8 * s), float(s), canvas=canvas) for s in (2, 4))]
+
+    def sample(run):
+        sampled.append(torch.randn(1, 4, *run.size, generator=torch.Generator().manual_seed(run.number)) * 3 + run.number)
+        return sampled[-1]
+
+    Progressive(stages, [7], prepare=prepared.append).run(sample)
+    assert torch.equal(prepared[0].before, sampled[0])
+    assert torch.allclose(prepared[1].before.mean((2, 3)), sampled[0].mean((2, 3)), atol=1e-4)
+    assert not torch.allclose(sampled[1].mean((2, 3)), sampled[0].mean((2, 3)), atol=0.5)

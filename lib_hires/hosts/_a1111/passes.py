@@ -64,7 +64,6 @@ class Pass:
         self.checkpoint = p.sd_model.sd_checkpoint_info
         self.maps: AttentionMaps | None = None
         self.prompts: Prompts | None = None
-        self._before: Tensor | None = None
 
     def _refuse(self) -> None:
         """Raise what cannot be done; note what is left out."""
@@ -119,7 +118,7 @@ class Pass:
         if self.prompts is not None and run.stage.canvas is not None and run.stage.canvas.window_prompts:
             run.prompts = self.prompts.for_views(run, self.maps)
         if self._takes_edges and run.stage.canvas is not None and run.stage.canvas.edges:
-            run.hint = control.edges_of(self.told["x"] if self._before is None else self._before, run)
+            run.hint = control.edges_of(run.before, run)
 
     # Stages ------------------------------------------------------------------------------------------------------------
 
@@ -132,8 +131,7 @@ class Pass:
         p.extra_generation_params[STAGES_KEY] = describe(self.stages)
 
         def sample(run: StageRun) -> Tensor:
-            self._before = self._later(run) if run.number else self._first(run)
-            return self._before
+            return self._later(run) if run.number else self._first(run)
 
         try:
             return progressive.run(sample, _is_stopped)
