@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         draw.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=HELP[name] + shown, **extra)
     draw.add_argument("--jobs", help="a file with one JSON object a line, with the names of these flags")
     draw.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
-    draw.add_argument("--quiet", action="store_true", help="no progress bar")
+    draw.add_argument("--quiet", action="store_true", help="no line of the plan and no progress bar")
     listing = commands.add_parser("methods", help="list the methods and their settings")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.add_argument("--markdown", action="store_true", help="as the tables of docs/methods.md")

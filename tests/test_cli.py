@@ -1,12 +1,14 @@
 """The command line, run as a user runs it, with the bundled checkpoint at small sizes."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from lib_hires.__main__ import main
 from lib_hires.cli import complete, read_jobs, run
@@ -113,6 +115,65 @@ def test_a_dry_run_tells_the_route_of_every_call_and_draws_nothing(out, capsys):
     assert "1.80 times the native size 64" in told
     assert "16x13 -s4-> 4x4 -> 2x2 -> 1x1" in told and "2 denoiser calls" in told
     assert not out.exists()
+
+
+STAGED = ["--method", "demofusion", "--set", "native_size=64", "--steps", "5"]
+
+
+def test_a_dry_run_ends_with_what_it_will_take(out, capsys):
+    run([*DRAW, *STAGED, "--out", str(out), "--dry-run"])
+    *_, total, cost = capsys.readouterr().out.splitlines()
+    assert total == "2 stage(s), 7 denoiser calls, 31 UNet evaluations."
+    number = r"\d+(\.\d)?"
+    kinds = f"{number} MiB for its calls, {number} MiB for decoding, {number} MiB of latents"
+    assert re.fullmatch(f"estimated: {number} s in the network, {kinds}, beside the weights.", cost)
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["planned", "drawn"])
+def test_a_dry_run_refuses_the_samplers_that_drawing_refuses(dry, out):
+    with pytest.raises(SettingError, match=r"'sampler' is 'unipc'.*skip_residual"):
+        run([*DRAW, *STAGED, "--sampler", "unipc", "--out", str(out), *dry])
+    assert run([*DRAW, *STAGED, "--set", "skip_residual=false", "--sampler", "unipc", "--out", str(out), *dry]) == 0
+
+
+def test_before_it_draws_it_says_what_on_one_line_for_each_job(tmp_path, capsys):
+    jobs = tmp_path / "jobs.jsonl"
+    lines = [
+        {"prompt": "a", "method": "demofusion", "set": {"native_size": 64}},
+        {"prompt": "a", "steps": 1},
+        {"prompt": "a", "method": "auto", "set": {"native_size": 64}},
+        {"prompt": "a", "method": "hidiffusion", "set": {"passes": "hires pass"}, "sampler": "heun"},
+    ]
+    jobs.write_text("\n".join(json.dumps({**line, "out": str(tmp_path / f"{i}.png")}) for i, line in enumerate(lines)))
+    flags = ["generate", "--jobs", str(jobs), "--width", "128", "--height", "104", "--steps", "2"]
+    run(flags)
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "x104" in line]
+    assert told == [
+        "DemoFusion: 64x56, 128x104; 15 UNet evaluations",
+        "Plain sampling: 128x104; 1 UNet evaluation",
+        "HiDiffusion: 128x104; 2 UNet evaluations",
+        "Plain sampling: 128x104; 3 UNet evaluations",
+    ]
+    run([*flags, "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bar_goes_by_the_work(out, capsys, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+        def update(self, n=1):
+            super().update(n)
+            self.seen = [*getattr(self, "seen", []), self.n]
+
+    monkeypatch.setattr(runner, "tqdm", Bar)
+    run([*DRAW[:-1], *STAGED, "--out", str(out)])
+    (bar,) = bars
+    assert (bar.total, bar.seen) == (31, [1, 2, 3, 4, 5, 18, 31])
 
 
 def test_a_method_for_another_pass_says_that_it_is_off(out, tmp_path):

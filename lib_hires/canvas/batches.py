@@ -31,6 +31,15 @@ class Batches:
         self.evaluations = 0
         self._found: dict[tuple, int] = {}
 
+    @property
+    def first(self) -> int:
+        """Tiles at most in the first call of a size; without a limit it shows what one tile takes."""
+        return self.limit or 1
+
+    def grows(self, device: torch.device) -> bool:
+        """Whether later calls take as many tiles as the free memory of the device allows."""
+        return not self.limit and device.type == "cuda"
+
     def run(
         self,
         pieces: Iterable[tuple[Any, Tensor]],
@@ -61,16 +70,12 @@ class Batches:
             yield from zip((tile for tile, _ in batch), outputs)
 
     def _size(self, key: tuple) -> int:
-        if key in self._found:
-            return self._found[key]
-        if self.limit:
-            return self.limit
-        return 1  # the first call of a size shows what one tile takes
+        return self._found.get(key, self.first)
 
     def _call(self, batch: list[tuple[Any, Tensor]], evaluate: Callable, key: tuple) -> tuple[Tensor, ...]:
         inputs = [piece for _, piece in batch]
         joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        measured = not self.limit and key not in self._found and joined.is_cuda
+        measured = key not in self._found and self.grows(joined.device)
         with peak_memory(joined.device) if measured else contextlib.nullcontext() as peak:
             outputs = evaluate(joined, [tile for tile, _ in batch])
         self.evaluations += len(batch)

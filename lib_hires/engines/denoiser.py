@@ -64,10 +64,10 @@ class NoSession(contextlib.nullcontext):
 
 
 def on_noise(denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The denoiser on noise of any size; what an inpainting UNet takes beside it is left blank."""
-    extra = denoiser.extra
+    """The denoiser on noise (k N, 4, h, w) of any size; what an inpainting UNet takes beside it is left blank."""
+    extra, told = denoiser.extra, denoiser.conditioning
     blank = None if extra is None else torch.zeros(1, extra.shape[1], *x.shape[-2:], device=x.device)
-    return denoiser.evaluate(x, t, denoiser.conditioning, blank)
+    return denoiser.evaluate(x, t, told.repeat(x.shape[0] // len(told)), blank)
 
 
 def predict(denoiser, x: torch.Tensor, t: torch.Tensor, job: Job) -> torch.Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..canvas.accdiffusion import AccDiffusionV2
 from ..plan.route import Size
-from ..plan.tiling import Stage
+from ..plan.tiling import CanvasPlan, Stage, evaluations_of
 from ..randomness import Records
 from ..stages.edge_hints import edge_hint
 from ..stages.progressive import Progressive, StageRun
@@ -24,7 +25,31 @@ from .denoiser import Denoiser, NoSession, clean, count_calls, predict
 from .job import Job
 from .staged import CanvasDenoiser, encode_windows
 
-NO_CONTROL = "the edges of AccDiffusion v2 are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
+NO_CONTROL = (
+    f"the edges of {AccDiffusionV2.title} are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
+)
+UNUSED_CONTROL = (
+    f"the ControlNet has no effect: nothing here asks for edges. {AccDiffusionV2.title} does, above the native size."
+)
+
+
+def started_canvases(job: Job, stages: Sequence[Stage]) -> list[CanvasPlan]:
+    """The canvases of the stages that start from a picture: all but a first one that starts from noise."""
+    return [stage.canvas for number, stage in enumerate(stages) if stage.canvas and (number or job.started)]
+
+
+def check_stages(job: Job, stages: Sequence[Stage]) -> None:
+    """Raises `SettingError` where the job's sampler would lose the stages' skip residual."""
+    if any(canvas.skip_residual for canvas in started_canvases(job, stages)):
+        samplers.check_stages(job.sampler)
+
+
+def control_notes(job: Job, stages: Sequence[Stage], control) -> list[str]:
+    """What is left out of the stages for want of a ControlNet, or what one that is there is not asked for."""
+    wanted = any(canvas.edges for canvas in started_canvases(job, stages))
+    if wanted == (control is not None):
+        return []
+    return [NO_CONTROL if wanted else UNUSED_CONTROL]
 
 
 class Drawing:
@@ -51,22 +76,19 @@ class Drawing:
         self.session = NoSession() if session is None else session
         self.on_step, self.on_latents = on_step, on_latents
         self.number = 1 if job.started else 0  # of the first stage here: the picture that is given was stage 0
-        wanted = [stage.canvas for number, stage in enumerate(stages, self.number) if number and stage.canvas]
-        if any(c.skip_residual for c in wanted):
-            samplers.check_stages(job.sampler)
         self.denoiser = engine.denoiser(job) if denoiser is None else denoiser
         self.images = tuple(range(job.batch)) * (2 if job.guided else 1)
         self.reports: list[dict] = []
-        self.notes: list[str] = []
-        self.done = 0
-        self.total = sum(self.sampler(stage, number)[2] for number, stage in enumerate(stages, self.number))
-        self.maps = AttentionMaps(engine.components.unet) if any(c.window_prompts for c in wanted) else None
-        if any(c.edges for c in wanted) and engine.control is None:
-            self.notes.append(NO_CONTROL)
+        self.notes = control_notes(job, stages, engine.control)
+        self.done, self.total = 0, evaluations_of(stages, engine.calls(job, stages))
+        has_words = any(canvas.window_prompts for canvas in started_canvases(job, stages))
+        self.maps = AttentionMaps(engine.components.unet) if has_words else None
 
-    def sampler(self, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
-        """`stage_sampler` of this job."""
-        return stage_sampler(self.job, self.engine.components, stage, number)
+    def advance(self, evaluations: int) -> None:
+        """Tell `on_step` of work that is done: UNet evaluations of one view."""
+        self.done += evaluations
+        if self.on_step:
+            self.on_step(self.done, self.total)
 
     def draw(self) -> torch.Tensor:
         """Run all stages: latents (B, 4, h, w) fp32 on the device."""
@@ -97,6 +119,7 @@ class Drawing:
             for timestep, state in looks(latents, stage, noise, self.engine.schedule()):
                 self.gather()
                 predict(denoiser, state, torch.tensor(float(timestep), device=device), self.job)
+                self.advance(1)
 
     def gather(self) -> None:
         """Tell open attention maps whose the rows of the next call are."""
@@ -118,7 +141,7 @@ class Drawing:
     def sample(self, stage_run: StageRun) -> torch.Tensor:
         """One stage: latents (B, 4, h, w) fp32 on the device."""
         started = time.perf_counter()
-        run, first, _ = self.sampler(stage_run.stage, stage_run.number)
+        run, first = stage_sampler(self.job, self.engine.components, stage_run.stage, stage_run.number)
         record = self.records.get("initial noise") if stage_run.reference is None else None
         noise, generators = self.engine.noise(self.job, stage_run.size, record)
         latents = noise * run.initial_sigma
@@ -161,14 +184,12 @@ class Drawing:
             if self.stopped():
                 place = f"call {call + 1 - first} of {len(run.timesteps) - first}"
                 self.interrupted = f"stage {stage_run.number - self.number + 1} of {len(self.stages)}, {place}"
-                return clean(scaled, prediction, moment.sigma, self.engine.components.prediction_type)
+                estimate = clean(scaled, prediction, moment.sigma, self.engine.components.prediction_type)
+                return stage_run.so_far(estimate, moment)
             latents = run.step(prediction, latents, call, generators)
             if self.on_latents:
                 self.on_latents(stage_run.number, call, latents)
-            if run.completed[call] > (run.completed[call - 1] if call else 0):
-                self.done += 1
-                if self.on_step:
-                    self.on_step(self.done, self.total)
+            self.advance(stage_run.stage.evaluations())
         return latents
 
 
@@ -180,10 +201,10 @@ def _fitted(denoiser, size: Size):
     return Denoiser(denoiser.unet, denoiser.conditioning, F.interpolate(extra, size=tuple(size), mode="nearest"))
 
 
-def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -> tuple[samplers.Run, int, int]:
-    """(the sampler set to its steps, the first call that a stage runs, the steps that it runs)."""
+def stage_sampler(job: Job, components: Components, stage: Stage, number: int) -> tuple[samplers.Run, int]:
+    """(the sampler set to its steps, the first call that a stage runs)."""
     run = samplers.make(job.sampler, components, job.steps)
     if not number and not job.started:
-        return run, 0, run.steps
+        return run, 0
     steps = (replace(stage, strength=job.denoise) if job.started else stage).steps_of(run.steps)
-    return run, run.begin(run.steps - steps), steps
+    return run, run.begin(run.steps - steps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from tqdm import tqdm
 from .. import __version__
 from ..config.errors import HiresError, SettingError
 from ..memory import OUT_OF_MEMORY
-from ..plan.describe import describe_plan, describe_stages
+from ..plan.describe import describe_plan, describe_stages, run_in_words
 from ..plan.method import Method, Wanted
-from ..plan.tiling import Stage
+from ..plan.tiling import Stage, evaluations_of
 from ..request import Request
 from ..schedule import Level, NoiseSchedule
 from ..stages.inside import unet_methods
@@ -23,13 +25,32 @@ from ..unet.session import Session
 from . import samplers
 from .checkpoint import load
 from .components import Components
-from .drawing import stage_sampler
+from .drawing import control_notes, stage_sampler
 from .pictures import init_picture, parameters_of, save, whole_file
 from .standalone import Engine, Job, Result
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
+PLAIN = "Plain sampling"
 _JOB_FIELDS = ("prompt", "negative", "width", "height", "steps", "cfg", "sampler", "seed", "batch", "denoise")
+
+
+@dataclass
+class Prepared:
+    """A job that can be drawn: everything was read and checked. `calls`: denoiser calls of each stage."""
+
+    engine: Engine
+    request: Request
+    job: Job
+    session: Session | None
+    stages: tuple[Stage, ...]
+    calls: list[int]
+
+    @property
+    def in_words(self) -> str:
+        """One line: the method, the sizes, the work."""
+        title = self.request.method.title if self.session else PLAIN
+        return run_in_words(title, self.stages, self.calls)
 
 
 class Runner:
@@ -41,14 +62,16 @@ class Runner:
 
     def plan(self, job: Mapping[str, Any]) -> list[str]:
         """What drawing a job would do, in words. Raises `HiresError` as drawing would."""
-        components, request, engine_job, session = self._prepare(job)
-        engine = Engine(components, decode_bytes=decode_bytes_of(job))
-        engine.check(engine_job)
-        stages = stages_of(components, request, engine_job, session)
-        title = request.written.title if request.written else "Plain sampling"
-        head = f"{title}, {components.path.name}, {engine_job.sampler}, {engine_job.steps} steps, batch of {engine_job.batch}:"
-        lines = [head, *filter(None, [request.note]), *_plan_lines(engine, engine_job, session, stages)]
-        return lines + engine.estimate(engine_job, session, stages)
+        ready = self._prepare(job)
+        written, drawn, engine = ready.request.written, ready.job, ready.engine
+        head = f"{written.title if written else PLAIN}, {engine.components.path.name}, {drawn.sampler}, {drawn.steps} steps"
+        return [
+            f"{head}, batch of {drawn.batch}:",
+            *notes_of(ready.request, ready.session),
+            *_plan_lines(ready),
+            *control_notes(drawn, ready.stages, engine.control),
+            *engine.estimate(drawn, ready.session, ready.stages),
+        ]
 
     def draw(
         self,
@@ -58,15 +81,17 @@ class Runner:
     ) -> dict[str, Any]:
         """Draw a job's pictures, write them and its report, and return the report.
 
-        `on_step(done, steps)` is called after each step; without it a progress bar is shown unless `quiet`. Where `stopped()`
-        becomes true the pictures so far are written.
+        `on_step(done, total)` is told of the work in UNet evaluations (see `Engine.generate`); without it one line with the
+        plan and a progress bar are shown on stderr unless `quiet`. Where `stopped()` becomes true the pictures so far are written.
         """
-        components, request, engine_job, session = self._prepare(job)
-        with tqdm(total=engine_job.steps, disable=self.quiet or on_step is not None, unit="step", leave=False) as bar:
-            stages = stages_of(components, request, engine_job, session)
-            control = load_control(job.get("controlnet"), components)
-            engine = Engine(components, control, decode_bytes_of(job))
-            result = _generate(engine, engine_job, session, stages, on_step or _advance(bar), stopped)
+        ready = self._prepare(job)
+        engine, engine_job, request, session = ready.engine, ready.job, ready.request, ready.session
+        components, is_silent = engine.components, self.quiet or on_step is not None
+        if not is_silent:
+            print(ready.in_words, file=sys.stderr, flush=True)
+        total = evaluations_of(ready.stages, ready.calls)
+        with tqdm(total=total, disable=is_silent, unit="evaluation", leave=False) as bar:
+            result = _generate(ready, on_step or _advance(bar), stopped)
         texts = [
             parameters_of(job, request, i, components.path.stem, __version__, result.interrupted)
             for i in range(engine_job.batch)
@@ -89,24 +114,29 @@ class Runner:
             self._loaded = (key, load(job["checkpoint"], device=device, dtype=dtype))
         return self._loaded[1]
 
-    def _prepare(self, job: Mapping[str, Any]) -> tuple[Components, Request, Job, Session | None]:
+    def _prepare(self, job: Mapping[str, Any]) -> Prepared:
+        """What planning and drawing begin with. Raises `HiresError` for what is wrong with the job."""
         request = Request.from_dict({"method": job["method"], **job["set"]})
         components = self.load(job)
         _check_model(job, components)
         engine_job = engine_job_of(job)
         request = resolved(components, request, engine_job)
-        return components, request, engine_job, session_for(components, request, engine_job)
+        session = session_for(components, request, engine_job)
+        stages = stages_of(components, request, engine_job, session)
+        engine = Engine(components, load_control(job.get("controlnet"), components), decode_bytes_of(job))
+        engine.check(engine_job, stages)
+        return Prepared(engine, request, engine_job, session, stages, engine.calls(engine_job, stages))
 
 
-def _plan_lines(engine: Engine, job: Job, session: Session | None, stages: tuple[Stage, ...]) -> list[str]:
+def _plan_lines(ready: Prepared) -> list[str]:
     """What each UNet call or stage is, in words."""
-    run, first, _ = stage_sampler(job, engine.components, stages[0], 0)
+    session, stages = ready.session, ready.stages
     if session is None:
-        return [f"{len(run.timesteps) - first} denoiser calls, the UNet unchanged."]
+        return [f"{sum(ready.calls)} denoiser calls, the UNet unchanged."]
     if len(stages) > 1 or stages[0].canvas:
-        lines = describe_stages(stages, engine.calls(job, stages))
-        return lines + [f"inside views: {method.title}" for method in session.methods]
-    schedule = engine.schedule()
+        return describe_stages(stages, ready.calls) + [f"inside views: {method.title}" for method in session.methods]
+    run, first = stage_sampler(ready.job, ready.engine.components, stages[0], 0)
+    schedule = ready.engine.schedule()
     calls, begun = range(first, len(run.timesteps)), run.positions[first]
     levels = [
         Level(schedule.progress(run.timesteps[call]), run.positions[call] - begun, run.steps - begun) for call in calls
@@ -131,17 +161,11 @@ def _check_model(job: Mapping[str, Any], components: Components) -> None:
         )
 
 
-def _generate(
-    engine: Engine,
-    job: Job,
-    session: Session | None,
-    stages: tuple[Stage, ...],
-    on_step: Callable[[int, int], None],
-    stopped: Callable[[], bool],
-) -> Result:
+def _generate(ready: Prepared, on_step: Callable[[int, int], None], stopped: Callable[[], bool]) -> Result:
     """`Engine.generate`, with a sentence for the likeliest failure of all."""
+    job = ready.job
     try:
-        return engine.generate(job, session, on_step, stages, stopped=stopped)
+        return ready.engine.generate(job, ready.session, on_step, ready.stages, stopped=stopped)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, OUT_OF_MEMORY)) and "allocate memory" not in str(error):
             raise
@@ -297,8 +321,4 @@ def _interrupted_in_words(result: Result) -> list[str]:
 
 
 def _advance(bar: tqdm) -> Callable[[int, int], None]:
-    def on_step(_done: int, steps: int) -> None:
-        bar.total = steps
-        bar.update()
-
-    return on_step
+    return lambda done, _total: bar.update(done - bar.n)

@@ -66,14 +66,12 @@ class Run:
     """A scheduler set to its steps, on the CPU.
 
     `timesteps`: one float for each UNet call; `positions`: the step (0-based) that each call belongs to by its noise level;
-    `completed`: how many steps are complete after each call; `steps`: their number; `calls`: of a step; `first`: the call that
-    it begins with.
+    `steps`: their number; `calls`: of a step; `first`: the call that it begins with.
     """
 
     scheduler: object
     timesteps: list[float]
     positions: list[int]
-    completed: list[int]
     steps: int
     step_options: dict
     calls: int = 1
@@ -174,14 +172,10 @@ def _set(scheduler, sampler: Sampler, steps: int) -> Run:
         scheduler.set_begin_index(0)
     timesteps = [float(value) for value in scheduler.timesteps]
     steps = len(timesteps[:: sampler.calls])
-    completed = [(call + 1) // sampler.calls for call in range(len(timesteps) - 1)] + [
-        steps
-    ]  # the last step is one call
     return Run(
         scheduler=scheduler,
         timesteps=timesteps,
         positions=_positions(timesteps, sampler.calls),
-        completed=completed,
         steps=steps,
         step_options=dict(sampler.step_options),
         calls=sampler.calls,

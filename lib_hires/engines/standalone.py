@@ -24,11 +24,12 @@ from ..plan.route import Size
 from ..plan.tiling import Stage
 from ..randomness import Record, Records, Stream
 from ..schedule import NoiseSchedule, scaled_linear, to_zero_snr
+from ..stages.progressive import Progressive
 from ..vae import MIN_TILE, WRAP_MARGIN, needs_tiles, plain_bytes, tile_for, tiled, tiled_bytes, wrapped
 from . import estimate, prompts
 from .components import Components
 from .denoiser import Denoiser, NoSession, on_noise
-from .drawing import Drawing, stage_sampler
+from .drawing import Drawing, check_stages, stage_sampler
 from .job import Job, Result
 
 __all__ = ["Engine", "Job", "Result", "to_image"]
@@ -62,17 +63,20 @@ class Engine:
         """Draw a job's pictures.
 
         `session`: a context manager opened around each sampling loop, whose `at(timestep=, step=, steps=)` is called
-        just before each call of the denoiser; `on_step(i, n)`: called after the i-th of n steps of all stages (1-based);
+        just before each call of the denoiser; `on_step(done, total)`: called after each of these calls, and each look at a
+        picture, with the work of all stages in UNet evaluations of one view (a plain call is one, a call on a canvas as many
+        as it has views and grids); after the last call `done` is `total`;
         `stages`: sampling runs up to the job's size (plain sampling without); `records`: draws to replay, by purpose (see
         `randomness.PURPOSES`); `on_latents(stage, call, latents)`: called after each call with the sampler's state;
-        `stopped()`: asked in each call; where it is true the picture is what that call holds for it, at its stage's size.
+        `stopped()`: asked in each call; where it is true the picture is what that call holds for it, at its stage's size, or
+        while that is noise what the stage started from (`StageRun.so_far`).
         Raises `SettingError` for a size that is no multiple of the autoencoder's factor.
         """
         started = time.perf_counter()
         factor = self.components.factor
         stages = tuple(stages or (Stage((job.height // factor, job.width // factor)),))
         with peak_memory(self.components.device) as peak, torch.no_grad():
-            self.check(job)
+            self.check(job, stages)
             run = Drawing(self, job, session, on_step, stages, records or {}, on_latents, stopped=stopped)
             latents = run.draw()
             images = self.decode(latents, stages[-1].wrap)
@@ -97,29 +101,36 @@ class Engine:
     def calls(self, job: Job, stages: Sequence[Stage]) -> list[int]:
         """Denoiser calls of each stage."""
         starts = [stage_sampler(job, self.components, stage, number) for number, stage in enumerate(stages)]
-        return [len(run.timesteps) - first for run, first, _ in starts]
+        return [len(run.timesteps) - first for run, first in starts]
 
     @torch.no_grad()
     def estimate(self, job: Job, session, stages: Sequence[Stage]) -> list[str]:
         """A line with the time and the memory that a job will take, from calls of the network that are made now."""
-        denoiser, seconds, most = self.denoiser(job), 0.0, 0
-        t = torch.tensor(500.0, device=self.components.device)
-        with NoSession() if session is None else session:
-            for size, count in estimate.sizes_of(stages, self.calls(job, stages)).items():
-                shape = (len(denoiser.conditioning), self.components.latent_channels, *size)
-                (session or NoSession()).at(timestep=500.0, step=0, steps=job.steps)
-                took, needed = estimate.measured(lambda x: on_noise(denoiser, x, t), shape, self.components.device)
-                seconds, most = seconds + took * count, max(most, needed)
+        denoiser, device = self.denoiser(job), self.components.device
+        session = NoSession() if session is None else session
+        t = torch.tensor(500.0, device=device)
+
+        def measure(size: Size, views: int) -> tuple[float, int]:
+            shape = (views * len(denoiser.conditioning), self.components.latent_channels, *size)
+            session.at(timestep=500.0, step=0, steps=job.steps)
+            return estimate.measured(lambda x: on_noise(denoiser, x, t), shape, device)
+
+        batches = Progressive(stages, job.seeds).batches
+        counts = estimate.sizes_of(stages, self.calls(job, stages), batches.first)
+        with session:
+            seconds, most = estimate.summed(counts, measure)
+        at_once = estimate.views_in_words(counts, grows=batches.grows(device) and any(stage.canvas for stage in stages))
         shape = (1, self.components.latent_channels, *stages[-1].size)
         tiles = self.decode_tiles(shape)
         number = torch.finfo(self.components.vae.dtype).bits // 8
         whole = shape[-1] * shape[-2] <= tiles["above"] ** 2
         decoding = plain_bytes(shape, number) if whole else tiled_bytes(shape, tiles["tile"], number)
         latents = 4 * job.batch * self.components.latent_channels * shape[-1] * shape[-2] * LATENT_COPIES
-        return [estimate.in_words(seconds, most, decoding, latents)]
+        return [estimate.in_words(seconds, most, at_once, decoding, latents)]
 
-    def check(self, job: Job) -> None:
-        """Raise what is wrong with a job for this model."""
+    def check(self, job: Job, stages: Sequence[Stage] = ()) -> None:
+        """Raise what is wrong with a job, drawn in these stages, for this model."""
+        check_stages(job, stages)
         factor = self.components.factor
         for name in ("width", "height"):
             value = getattr(job, name)

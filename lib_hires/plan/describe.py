@@ -50,6 +50,12 @@ def describe_stages(stages: Sequence[Stage], calls: Sequence[int]) -> list[str]:
     return [*lines, f"{len(stages)} stage(s), {sum(calls)} denoiser calls, {total} UNet evaluations."]
 
 
+def run_in_words(title: str, stages: Sequence[Stage], calls: Sequence[int]) -> str:
+    """One line for what is about to run: "DemoFusion: 256x256, 512x512; 124 UNet evaluations"."""
+    total = evaluations_of(stages, calls)
+    return f"{title}: {', '.join(_pixels(stage.size) for stage in stages)}; {total} UNet evaluation{'s' * (total != 1)}"
+
+
 def _pixels(size: Size) -> str:
     return f"{size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}"
 

@@ -25,6 +25,9 @@ from ..randomness import Records, Stream
 from ..schedule import Moment
 from .handoff import anchored, enlarge
 
+LEAST_SIGNAL = 0.5
+"""Share of the signal in a sampler's state from which on a stage's own estimate is better than the picture before it."""
+
 
 def losing_sampler(name: str, allowed: Sequence[str]) -> SettingError:
     """The error for a sampler that would lose the skip residual; `allowed`: the names of those that keep it."""
@@ -74,6 +77,16 @@ class StageRun:
             target = target / (moment.sigma**2 + 1) ** 0.5
         return (1 - share) * state + share * target.to(state)
 
+    def so_far(self, estimate: Tensor, moment: Moment) -> Tensor:
+        """The best picture of a stage that is stopped at a moment: the call's estimate of the clean latents (B, C, H, W).
+
+        While less than half of the state is signal, sqrt(a) = 1 / sqrt(sigma^2 + 1) < 1/2, the estimate has no detail, or is
+        noise where the network is small; a stage that started from a picture then still has that one.
+        """
+        if self.reference is not None and (moment.sigma**2 + 1) ** -0.5 < LEAST_SIGNAL:
+            return self.reference
+        return estimate
+
 
 @dataclass
 class Progressive:
@@ -90,7 +103,10 @@ class Progressive:
         self.batches = Batches(limit)
 
     def run(self, sample: Callable[[StageRun], Tensor], stopped: Callable[[], bool] = lambda: False) -> Tensor:
-        """The latents (B, C, H, W) of the last stage; of the one that was running where `stopped()` became true."""
+        """The latents (B, C, H, W) of the last stage; of the one that was running where `stopped()` became true.
+
+        These keep of the first stage's colours what a finished stage's do.
+        """
         latents, anchor = None, None
         per_channel = not any(stage.canvas and stage.canvas.published for stage in self.stages)
         for number, stage in enumerate(self.stages):
@@ -98,12 +114,12 @@ class Progressive:
             if number:
                 self.prepare(run)
             latents = sample(run)
-            if stopped():
-                return latents
             if number:
                 latents = anchored(latents, stage, anchor, per_channel)
             elif len(self.stages) > 1:
                 anchor = statistics(latents, per_channel)
+            if stopped():
+                break
         return latents
 
     def first(self, stage: Stage) -> StageRun:
@@ -112,7 +128,8 @@ class Progressive:
 
     def later(self, stage: Stage, number: int, latents: Tensor) -> StageRun:
         """The run of a stage that starts from the `latents` before it."""
-        reference = enlarge(latents, stage.size, stretch=stage.canvas is not None and stage.canvas.published)
+        stretch = stage.canvas is not None and stage.canvas.published
+        reference = enlarge(latents, stage.size, stretch, stage.wrap)
         noise = self.noise(stage, number, reference)
         return StageRun(stage, number, self.canvas(stage, number), reference, noise, before=latents)
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel
+from PIL import Image
 
 from lib_hires import Request
+from lib_hires.cli import JOB_DEFAULTS
 from lib_hires.config import HiresError, SettingError
-from lib_hires.engines.drawing import NO_CONTROL
-from lib_hires.engines.runner import load_control, session_for, stages_of
+from lib_hires.engines.drawing import NO_CONTROL, UNUSED_CONTROL
+from lib_hires.engines.runner import Runner, load_control, session_for, stages_of
 from lib_hires.engines.standalone import Engine, Job
 
 JOB = Job("a red star", width=128, height=128, steps=3, cfg=3.0, seed=4)
@@ -90,6 +92,64 @@ def test_a_controlnet_is_read_from_a_folder_and_a_wrong_one_is_refused(component
     (tmp_path / "empty").mkdir()
     with pytest.raises(HiresError, match="cannot be read"):
         load_control(str(tmp_path / "empty"), components)
+
+
+# Jobs, planned and drawn ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plan", "draw"])
+def lines(request, tmp_path):
+    """lines(**job) -> what planning a job prints, or the notes of drawing it."""
+    runner = Runner(quiet=True)
+
+    def ask(**job):
+        job = {**JOB_DEFAULTS, "prompt": "a red star", "width": 128, "height": 128, "steps": 3, "out": str(tmp_path / "x.png"), **job}
+        job["set"] = {"native_size": 64, **job["set"]}
+        return runner.plan(job) if request.param == "plan" else runner.draw(job)["notes"]
+
+    return ask
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_without_a_controlnet_it_is_said_that_v1_is_drawn(lines, init, tmp_path):
+    Image.new("RGB", (128, 128), "navy").save(tmp_path / "start.png")
+    start = {"init_image": str(tmp_path / "start.png")} if init else {}
+    assert NO_CONTROL in lines(method="accdiffusion_v2", **start)
+    assert NO_CONTROL not in lines(method="accdiffusion", **start)
+
+
+@pytest.mark.parametrize(
+    ("job", "is_used"),
+    [
+        ({"method": "accdiffusion_v2"}, True),
+        ({"method": "accdiffusion_v2", "set": {"native_size": 128}}, False),
+        ({"method": "demofusion"}, False),
+        ({"method": "none"}, False),
+    ],
+    ids=str,
+)
+def test_a_controlnet_that_has_no_effect_is_named_with_the_method_that_uses_one(lines, control, tmp_path, job, is_used):
+    control.save_pretrained(tmp_path / "net")
+    told = lines(controlnet=str(tmp_path / "net"), **job)
+    assert (UNUSED_CONTROL in told) != is_used and NO_CONTROL not in told
+    assert UNUSED_CONTROL not in lines(**job)
+
+
+@pytest.mark.parametrize("method", ["accdiffusion_v2", "demofusion"])
+def test_a_controlnet_that_is_not_there_or_of_another_family_is_refused(lines, components, tmp_path, method):
+    with pytest.raises(SettingError, match="'controlnet' is 'nowhere'"):
+        lines(method=method, controlnet="nowhere")
+    wide = ControlNetModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        norm_num_groups=8,
+        layers_per_block=1,
+        cross_attention_dim=2 * components.unet.config.cross_attention_dim,
+        conditioning_embedding_out_channels=(8, 8, 16, 16),
+    )
+    wide.save_pretrained(tmp_path / "net")
+    with pytest.raises(HiresError, match="belongs to another family of models"):
+        lines(method=method, controlnet=str(tmp_path / "net"))
 
 
 def test_a_negative_prompt_longer_than_the_prompt_fits_beside_window_prompts(components):

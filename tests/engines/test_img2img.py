@@ -134,6 +134,27 @@ def test_every_sampler_ends_where_the_noise_was_added_from_any_step(components, 
     assert max(stops) < 0.12
 
 
+def test_progress_counts_the_looks_at_the_picture_too(components, picture):
+    done = []
+    job = Job("a red star", width=96, height=64, init=picture, steps=4, denoise=0.5)
+    request = Request.from_dict({"method": "accdiffusion", "native_size": 48})
+    session = session_for(components, request, job)
+    stages = stages_of(components, request, job, session)
+    result = Engine(components).generate(job, session, lambda now, total: done.append((now, total)), stages)
+    (report,) = result.stages
+    a_call = stages[0].evaluations()
+    assert [now for now, _ in done] == [1, 2, 3, 4, 4 + a_call, 4 + 2 * a_call]
+    assert {total for _, total in done} == {report["unet_evaluations"]}
+
+
+@pytest.mark.parametrize(("denoise", "starts_over"), [(1.0, True), (0.25, False)])
+def test_stopped_while_it_is_noise_it_gives_the_picture_back(components, picture, denoise, starts_over):
+    engine = Engine(components)
+    job = Job("a star", width=96, height=64, init=picture, steps=4, denoise=denoise, cfg=1)
+    found = engine.generate(job, stopped=lambda: True).latents
+    assert torch.equal(found, engine.encode(picture, (8, 12)).cpu()) == starts_over
+
+
 def test_encoding_in_tiles_is_encoding(components, picture):
     whole = Engine(components).encode(picture, (40, 56))
     limited = Engine(components, decode_bytes=48 * 2**20)

@@ -317,14 +317,32 @@ def test_later_stages_take_at_most_half_of_the_full_schedule_by_default(xl, arou
     )
     later = [sum(stage["unet_evaluations"] for stage in result.stages[1:]) for result in (half, full)]
     assert 0 < later[0] <= later[1] / 2
-    done, seen = [], []
-    engine.generate(
-        job_of(size, steps=20),
+
+
+@pytest.mark.parametrize("sampler", ("euler", "heun"))
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+@pytest.mark.parametrize("size", ((16, 16), (20, 28)))
+def test_progress_counts_the_views_that_the_network_was_given(around, method, size, sampler):
+    method = replace(method, word_share=0.0) if isinstance(method, AccDiffusion) else method
+    engine, network = around()
+    done = []
+    result = engine.generate(
+        job_of(size, steps=10, sampler=sampler),
         stages=stages_of(method, size),
-        on_step=lambda i, n: done.append((i, n)),
-        on_latents=lambda stage, call, x: seen.append(stage),
+        on_step=lambda done_now, total: done.append((done_now, total, sum(len(x) for x in network.inputs) // 2)),
     )
-    assert done == [(i + 1, len(done)) for i in range(len(seen))]
+    assert all(now == given for now, _, given in done)
+    assert {total for _, total, _ in done} == {done[-1][0]}
+    assert done[-1][0] == sum(stage["unet_evaluations"] for stage in result.stages)
+
+
+def test_a_stage_s_share_of_the_bar_is_its_share_of_the_work(around):
+    """20 of DemoFusion's 124 evaluations at twice the native size are the native picture's."""
+    done = []
+    around()[0].generate(
+        job_of((16, 16), steps=20), stages=stages_of(DemoFusion(), (16, 16)), on_step=lambda now, total: done.append((now, total))
+    )
+    assert done[19] == (20, 124) and done[20] == (33, 124) and done[-1] == (124, 124) and len(done) == 28
 
 
 # What views are told --------------------------------------------------------------------------------------------------
@@ -444,3 +462,42 @@ def test_a_stopped_run_gives_what_there_is_at_its_stages_size(around, at, told, 
     assert tuple(result.latents.shape[-2:]) == size and torch.isfinite(result.latents).all()
     whole = engine.generate(job_of((16, 16), steps=4), stages=stages_of(DemoFusion(), (16, 16)))
     assert not whole.interrupted
+
+
+def stopped_in_stage_two(engine, calls, **settings):
+    """(the native latents, the latents of a run that was stopped after so many calls of its second stage)."""
+    native, seen = [], []
+
+    def note(stage, call, latents):
+        seen.append(stage)
+        if stage == 0:
+            native[:] = [latents.clone()]
+
+    result = engine.generate(
+        job_of((16, 16), steps=10, batch=2),
+        stages=stages_of(DemoFusion(stage_strength=1.0, **settings), (16, 16)),
+        on_latents=note,
+        stopped=lambda: len(seen) == 10 + calls,
+    )
+    assert result.interrupted == f"stage 2 of 2, call {calls + 1} of 10"
+    return native[0], result.latents
+
+
+@pytest.mark.parametrize("anchor", ["mean", "nothing"])
+def test_stopped_where_a_stage_is_still_noise_it_gives_the_picture_before_it_enlarged(around, anchor):
+    native, found = stopped_in_stage_two(around(lambda x: (x * 1.5).tanh())[0], 0, anchor=anchor)
+    enlarged = F.interpolate(native, scale_factor=2, mode="bicubic")
+    assert (found - enlarged).std() < 0.1 * enlarged.std()
+
+
+def test_stopped_later_it_gives_the_stage_s_own_estimate_in_the_colours_of_the_native_picture(around):
+    """A network that answers with noise of its own has pushed the mean away by then."""
+    engine, _ = around(lambda x: (x * 1.5).tanh() + 0.1)
+    native, found = stopped_in_stage_two(engine, 8)
+    enlarged = F.interpolate(native, scale_factor=2, mode="bicubic")
+    assert (found - enlarged).std() > 0.3 * enlarged.std()
+    torch.testing.assert_close(found.mean((2, 3)), native.mean((2, 3)), atol=1e-4, rtol=1e-4)
+    _, loose = stopped_in_stage_two(engine, 8, anchor="nothing")
+    assert (loose.mean((2, 3)) - native.mean((2, 3))).abs().max() > 0.02
+    moved = found - loose
+    torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved), atol=1e-4, rtol=1e-4)

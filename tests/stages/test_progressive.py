@@ -16,7 +16,7 @@ from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.config import Common
 from lib_hires.config.errors import SettingError
 from lib_hires.plan.models import FAMILIES, Model
-from lib_hires.plan.tiling import MEAN, MEAN_AND_STD, NOTHING, CanvasPlan, Cosines, Stage, stage_scales
+from lib_hires.plan.tiling import MEAN, MEAN_AND_STD, NOTHING, CanvasPlan, Cosines, Stage, is_too_large, stage_scales
 from lib_hires.schedule import Moment, NoiseSchedule
 from lib_hires.stages.handoff import enlarge
 from lib_hires.stages.progressive import Progressive, StageRun
@@ -43,7 +43,7 @@ def stages(method, model, size, **options):
 def test_stages_reach_exactly_the_size_asked_for_in_steps_within_the_limit(name, max_step, height, width):
     plan = stages(DemoFusion(max_step=max_step), MODELS[name], (height, width))
     assert plan[-1].size == (height, width)
-    assert plan[0].canvas is None and plan[0].scale == 1
+    assert (plan[0].canvas is None or is_too_large(plan[0].size, MODELS[name].native // 8)) and plan[0].scale == 1
     scales = [stage.scale for stage in plan]
     assert all(1 < b / a <= max_step * (1 + 1e-6) for a, b in itertools.pairwise(scales))
     assert all(stage.canvas for stage in plan[1:])
@@ -252,11 +252,27 @@ def test_recorded_stage_noise_is_replayed():
     assert (sampler.runs[1].noise == 1).all() and (sampler.runs[2].noise == 0).all()
 
 
-def test_a_run_that_is_stopped_gives_back_the_stage_that_was_running():
+def test_a_run_that_is_stopped_gives_back_the_stage_that_was_running_with_the_mean_of_the_first():
     sampler = Sampler()
     found = Progressive(THREE, (0, 1)).run(sampler, stopped=lambda: len(sampler.runs) == 2)
     assert len(sampler.runs) == 2 and found.shape[-2:] == (16, 12)
-    torch.testing.assert_close(found, 3 * random(2, 4, 16, 12, seed=1) - 2)
+    first, second = 2 * random(2, 4, 8, 8) - 3, 3 * random(2, 4, 16, 12, seed=1) - 2
+    torch.testing.assert_close(found.mean((2, 3)), first.mean((2, 3)))
+    moved = found - second
+    torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved))
+
+
+def test_a_run_that_is_stopped_in_its_first_stage_gives_that_back_as_it_is():
+    found = Progressive(THREE, (0, 1)).run(Sampler(), stopped=lambda: True)
+    assert torch.equal(found, 2 * random(2, 4, 8, 8) - 3)
+
+
+@pytest.mark.parametrize("sigma, starts_over", [(0.1, False), (1.73, False), (1.74, True), (14.6, True), (math.inf, True)])
+def test_a_stage_that_is_stopped_while_more_than_half_is_noise_has_the_picture_that_it_started_from(sigma, starts_over):
+    run, estimate, moment = residual(), random(2, 4, 6, 6, seed=9), Moment(500.0, sigma)
+    assert run.so_far(estimate, moment) is (run.reference if starts_over else estimate)
+    run.reference = None
+    assert run.so_far(estimate, moment) is estimate
 
 
 def test_later_stages_are_prepared_before_they_run():
