@@ -1,7 +1,8 @@
 """AUTOMATIC1111 1.10: a session around each wanted call of `p.sampler.sample` and `p.sampler.sample_img2img`.
 
     process                         arguments -> request -> infotext; wrong settings make `p.sample` raise
-    process_before_every_sampling   wrap the sampler's two functions, on the instance, which the host throws away
+    process_before_every_sampling   wrap the sampler's two functions, on the instance, which the host throws away; the host's
+                                    bar goes by the work of passes and stages until postprocess_batch (_a1111/progress.py)
       the wrapped function          what Auto chooses; a run, or several of methods with stages (_a1111/passes.py)
         a run                       open the session, register on_cfg_denoiser; close and remove both whatever happens
           on_cfg_denoiser           tell the session the noise level and the rows; reopen it if the model was changed
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -27,8 +28,9 @@ from ..config.common import ABOVE, HIRES
 from ..config.errors import Conflict, HiresError
 from ..patches import UndoLog
 from ..plan.method import Wanted
-from ..plan.models import LATENT_FACTOR
+from ..plan.models import LATENT_FACTOR, Model
 from ..plan.route import Size
+from ..plan.tiling import Stage
 from ..request import CHOSEN_KEY, Request
 from ..schedule import NoiseSchedule
 from ..stages.inside import unet_methods
@@ -37,7 +39,8 @@ from ..unet.attention_maps import AttentionMaps
 from ..unet.session import Session
 from ._a1111.decoding import Decoding
 from ._a1111.passes import Pass
-from ._a1111.samplers import keeps_state
+from ._a1111.progress import Progress, work_of
+from ._a1111.samplers import calls_of, keeps_state
 from ._a1111.views import Views
 from .protocol import OVERRIDE, Asked, Reader, drop_infotext, fail_when_sampled, forget_failure, forget_package
 
@@ -66,6 +69,14 @@ class Job:
         self.request = asked.request
         self.passes_seen = 0
         self.is_changed = self.is_resolved = False  # whether a pass was changed; whether Auto chose for one
+        self.works: list[list[int]] | None = None  # of each stage of each pass of a picture
+        self._told: set[str] = set()
+
+    def tell(self, text: str) -> None:
+        """A sentence for the console, once."""
+        if text not in self._told:
+            self._told.add(text)
+            print(f"Hires Lab: {text}")
 
 
 class A1111:
@@ -76,6 +87,7 @@ class A1111:
     def __init__(self) -> None:
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._decoding = Decoding()
+        self._progress = Progress()
 
     def register(self) -> None:
         """Sweep when the script is unloaded, suspend when a model is loaded."""
@@ -90,6 +102,7 @@ class A1111:
             run.end()
             self._runs.discard(run)
         self._decoding.close()
+        self._progress.close()
 
     def unload(self) -> None:
         """The scripts are about to be loaded again: leave nothing behind, our modules neither."""
@@ -125,11 +138,40 @@ class A1111:
         job.passes_seen += 1
         size = tuple(x.shape[-2:])
         height, width = (length * LATENT_FACTOR for length in size)
-        if _wants(job.request, p, width, height):
+        if _wants(job.request, p, width, height, is_hires=_is_hires(p)):
             job.is_changed = job.is_changed or not job.request.is_automatic
             p.extra_generation_params.update(job.request.to_infotext())
             for name in _SAMPLER_FUNCTIONS:
                 _wrap(p.sampler, name, lambda *call: self._draw(p, job, size, *call))
+        if job.works is None:
+            job.works = self._works(p, job.request, size)
+        self._progress.begin(job.works, int(_is_hires(p)))
+
+    def _works(self, p: Any, request: Request, size: Size) -> list[list[int]]:
+        """The work of each stage of each pass of a picture; [] where no pass has a canvas: the host's own jobs will do."""
+        if hasattr(p, "init_images") or not (request.is_automatic or isinstance(request.method, CanvasMethod)):
+            return []
+        passes = [(size, None)]
+        if getattr(p, "enable_hr", False):
+            first, last = (p.height, p.width), (p.hr_upscale_to_y, p.hr_upscale_to_x)
+            first, last = (tuple(length // LATENT_FACTOR for length in sides) for sides in (first, last))
+            last = last[0] - p.truncate_y, last[1] - p.truncate_x
+            passes = [(first, None), (last, p.hr_second_pass_steps or p.steps)]
+        try:
+            model = self._model(p, request)
+            stages = [_stages(p, request, model, each, bool(number)) for number, (each, _) in enumerate(passes)]
+        except HiresError:  # the sampler's function will raise it again
+            return []
+        if not any(stage.canvas for each in stages for stage in each):
+            return []
+        if getattr(p, "firstpass_image", None) is not None:
+            stages[0] = ()
+        calls = [calls_of(p, p.sampler, each, bool(number), passes[number][1]) for number, each in enumerate(stages)]
+        return [[work_of(*pair) for pair in zip(*pairs)] for pairs in zip(stages, calls)]
+
+    def _model(self, p: Any, request: Request) -> Model:
+        """What the host's model is, whatever the request's method."""
+        return Run(self._runs, p, Request(common=request.common)).make_session().model
 
     def _draw(
         self, p: Any, job: Job, size: Size, sampler: Any, name: str, original: Callable, args: tuple, kwargs: dict
@@ -150,7 +192,8 @@ class A1111:
         if isinstance(request.method, CanvasMethod):
             model = make_run().make_session().model
             note = lambda text: _say(p, [text])  # noqa: E731 - a name for what it does
-            latents = Pass(p, request, model, sampler, name, original, (args, kwargs), make_run, note).draw()
+            call = sampler, name, original, (args, kwargs)
+            latents = Pass(p, request, model, *call, make_run, note, job.tell, self._progress).draw()
         else:
             run = make_run()
             try:
@@ -165,7 +208,7 @@ class A1111:
 
     def _resolved(self, p: Any, request: Request, wanted: Wanted) -> Request:
         """An automatic request with what it chooses for a pass: said, and written down beside what it chose for others."""
-        request = request.resolved(Run(self._runs, p, Request(common=request.common)).make_session().model, wanted)
+        request = request.resolved(self._model(p, request), wanted)
         before = p.extra_generation_params.get(CHOSEN_KEY, "").split(", ")
         chosen = dict.fromkeys(filter(None, [*before, request.chosen]))
         p.extra_generation_params[CHOSEN_KEY] = ", ".join(chosen)
@@ -173,8 +216,9 @@ class A1111:
         return request
 
     def after_decoding(self, p: Any) -> None:
-        """The pictures are decoded."""
+        """The pictures are decoded, and the host has counted them."""
         self._decoding.close()
+        self._progress.close()
 
     def after_sampling(self, p: Any) -> None:
         """Where no pass was changed, say why; such a picture must not be labelled as ours."""
@@ -184,10 +228,23 @@ class A1111:
             _say(p, [_why_nothing(job)])
 
 
-def _wants(request: Request, p: Any, width: int, height: int) -> bool:
+def _is_hires(p: Any) -> bool:
+    return bool(getattr(p, "is_hr_pass", False))
+
+
+def _wants(request: Request, p: Any, width: int, height: int, is_hires: bool) -> bool:
     """Whether a pass of this job is to be changed."""
-    is_hires = bool(getattr(p, "is_hr_pass", False))
     return request.common.wants_pass(is_hires, width, height, only=hasattr(p, "init_images"))
+
+
+def _stages(p: Any, request: Request, model: Model, size: Size, is_hires: bool) -> Sequence[Stage]:
+    """How a pass of txt2img will be drawn; one stage where it is left alone or has no canvas."""
+    height, width = (length * LATENT_FACTOR for length in size)
+    if _wants(request, p, width, height, is_hires):
+        request = request.resolved(model, Wanted(size, p.steps, is_hires, keeps_state(p.sampler)))
+        if isinstance(request.method, CanvasMethod):
+            return request.method.stages(model, size, request.common, started=is_hires)
+    return (Stage(size),)
 
 
 def _why_nothing(job: Job) -> str:
@@ -244,7 +301,7 @@ class Run:
         maps: AttentionMaps | None = None,
     ):
         self.p, self.request, self.maps, self._runs = p, request, maps, runs
-        self._is_stage = stage is not None and not hasattr(p, "init_images") and not getattr(p, "is_hr_pass", False)
+        self._is_stage = stage is not None and not hasattr(p, "init_images") and not _is_hires(p)
         self.views = Views(stage, lambda text: _say(p, [text])) if stage is not None else None
         self.session: Session | None = None
         self._made_for: tuple[Any, Any] | None = None
@@ -389,7 +446,7 @@ def _tokens_owner(p: Any) -> str | None:
     """Who else divides the attention's tokens in this pass."""
     from modules import shared
 
-    is_hires = bool(getattr(p, "is_hr_pass", False))
+    is_hires = _is_hires(p)
     if getattr(shared.opts, "hypertile_enable_unet", False):
         return "Hypertile"
     if is_hires and getattr(shared.opts, "hypertile_enable_unet_secondpass", False):

@@ -47,3 +47,11 @@ def nothing_is_left(request):
     left = a1111.probe()
     assert (left["hooks"], left["overrides"], left["callbacks"]) == (0, [], [])
     assert (a1111.txt2img(**SMALL).picture == before).all()
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The stand-ins, under the names that the adapter imports."""
+    import stand_ins
+
+    return stand_ins.put(monkeypatch)

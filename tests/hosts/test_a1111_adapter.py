@@ -1,49 +1,19 @@
 """The A1111 adapter against stand-ins for the few host modules it touches: what a live host shows seldom or hides."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from stand_ins import Model, job
 from support import unets
 
 from lib_hires.config import Conflict, HiresError
 from lib_hires.hosts.a1111 import A1111, Run
 from lib_hires.hosts.protocol import Asked, UnknownHost, find_host
 from lib_hires.request import Request
-from lib_hires.schedule import scaled_linear
 from lib_hires.unet.session import sessions_on
 
 SIZE = 16
-
-
-class Callbacks(ModuleType):
-    """`modules.script_callbacks`: exceptions of callbacks are swallowed, as the host does."""
-
-    def __init__(self):
-        super().__init__("modules.script_callbacks")
-        self.denoiser = []
-
-    def on_cfg_denoiser(self, callback):
-        self.denoiser.append(callback)
-
-    def remove_callbacks_for_function(self, callback):
-        self.denoiser = [other for other in self.denoiser if other != callback]
-
-    def call(self, params):
-        for callback in self.denoiser:
-            try:
-                callback(params)
-            except Exception as error:
-                print("swallowed", error)
-
-
-class Model(SimpleNamespace):
-    """A loaded checkpoint."""
-
-    def __init__(self):
-        super().__init__(model=SimpleNamespace(diffusion_model=unets.build("ldm-sd15")), parameterization="eps",
-                         alphas_cumprod=torch.tensor(scaled_linear()), sd_checkpoint_info=SimpleNamespace(metadata={}))
 
 
 class Sampler:
@@ -66,31 +36,6 @@ class Sampler:
             unets.call(unet, unets.inputs("ldm-sd15", (SIZE, SIZE), 5), 900 if step == 0 else 10)
             self.seen.append(dict(open_now[0].ran) if open_now else None)
         return x
-
-
-@pytest.fixture
-def host(monkeypatch):
-    """The stand-ins, under the names that the adapter imports."""
-    callbacks, package = Callbacks(), ModuleType("modules")
-    shared = SimpleNamespace(sd_model=Model(), opts=SimpleNamespace())
-    sd_unet = SimpleNamespace(current_unet=None)
-    package.script_callbacks, package.shared, package.sd_unet = callbacks, shared, sd_unet
-    for name, module in {"modules": package, "modules.script_callbacks": callbacks, "modules.shared": shared,
-                         "modules.sd_unet": sd_unet}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return SimpleNamespace(callbacks=callbacks, shared=shared, sd_unet=sd_unet)
-
-
-def job(adapter, sampler, request=None, **fields):
-    """A `p` whose job asks for `request`, with a sampler; returned after the hooks before sampling."""
-    values = {"extra_generation_params": {}, "comments": {}, "seeds": [3, 4], "sampler": sampler, "steps": 20, **fields}
-    p = SimpleNamespace(**values)
-    p.comment = lambda text: p.comments.update({text: 1})
-    p.get_token_merging_ratio = lambda for_hr=False: 0
-    request = request or Request.from_dict({"method": "hidiffusion", "native_size": 64})
-    adapter.prepare(p, lambda override: Asked(request))
-    adapter.before_sampling(p, torch.zeros(2, 4, SIZE, SIZE))
-    return p
 
 
 def test_a_run_is_followed_and_leaves_nothing(host):

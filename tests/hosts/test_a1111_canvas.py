@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from live_a1111 import Refused, difference
+from PIL import Image
 
 from lib_hires.canvas.canvas import Canvas
 from lib_hires.hosts._a1111.views import Views
@@ -165,7 +166,7 @@ def test_a_stop_in_the_second_stage_returns_what_is_there(a1111, verb):
 
     def look(progress):
         state = progress["state"]
-        if state["job_no"] == 1 and state["sampling_step"] >= 1 and not told:
+        if progress["progress"] > 0.3 and state["sampling_step"] >= 1 and not told:  # the first stage is 7 % of the work
             told.append(1)
             a1111.post(f"/sdapi/v1/{verb}", {})
 
@@ -174,15 +175,31 @@ def test_a_stop_in_the_second_stage_returns_what_is_there(a1111, verb):
     assert told and drawn.picture.shape == (512, 512, 3) and drawn.picture.std() > 5
 
 
-def test_progress_counts_the_stages_and_only_grows(a1111):
-    seen = []
-    while_drawing(a1111, lambda: a1111.txt2img(args("demofusion"), **TWICE),
-                  lambda progress: seen.append((progress["state"]["job_count"], progress["state"]["job_no"], progress["progress"])))
-    running = [each for each in seen if each[0] > 0 and each[2] > 0]
-    assert {count for count, _, _ in running[1:-1]} <= {1, 2} and 2 in {count for count, _, _ in running}
-    assert {number for _, number, _ in running} >= {0, 1}
-    shares = [share for count, _, share in running if count == 2]
-    assert shares == sorted(shares)
+@pytest.mark.parametrize("more", [{}, {"n_iter": 2}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent",
+                                                       "hr_second_pass_steps": 4, "denoising_strength": 0.7}],
+                         ids=["one", "two batches", "a hires pass"])
+def test_progress_is_the_share_of_the_work_and_only_grows(a1111, more):
+    seen, began = [], time.time()
+    fields = {"width": 384, "height": 384, "steps": 8, **more} if "hr_scale" in more else {**TWICE, "steps": 8, **more}
+    while_drawing(a1111, lambda: a1111.txt2img(args("demofusion", stage_strength=1.0), **fields),
+                  lambda progress: seen.append((time.time() - began, round(progress["progress"], 6))))
+    sampled = [(when, share) for when, share in seen if share > 0.02]
+    shares = [share for _, share in sampled]
+    assert shares == sorted(shares) and shares[-1] <= 1
+    first, last = sampled[0], next(each for each in reversed(sampled) if each[1] < 1)
+    for when, share in sampled:  # the bar goes with the clock
+        expected = first[1] + (last[1] - first[1]) * (when - first[0]) / (last[0] - first[0])
+        assert abs(share - expected) < 0.25
+
+
+def test_a_stage_is_held_to_the_first_picture_by_the_skip_residual(a1111):
+    """cosine_1 = 0.1 pulls with nearly the whole weight at all noise levels."""
+    fields = {**TWICE, "steps": 8}
+    first = a1111.txt2img(width=256, height=256, steps=8).picture
+    enlarged = np.asarray(Image.fromarray(first).resize((512, 512), Image.Resampling.BICUBIC))
+    held, free = (a1111.txt2img(args("demofusion", stage_strength=1.0, anchor="nothing", **settings), **fields).picture
+                  for settings in ({"cosine_1": 0.1}, {"skip_residual": False}))
+    assert difference(held, enlarged) < 0.4 * difference(free, enlarged)
 
 
 def test_an_error_in_a_view_leaves_nothing_behind(a1111):

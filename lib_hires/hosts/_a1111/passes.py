@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...config.errors import Conflict
+from ...plan.describe import run_in_words
 from ...plan.models import LATENT_FACTOR, Model
 from ...plan.route import Size
 from ...plan.tiling import Stage
@@ -27,6 +29,7 @@ from ...stages.progressive import Progressive, StageRun
 from ...stages.window_prompts import looks
 from ...unet.attention_maps import AttentionMaps
 from . import control, samplers
+from .progress import Progress, duration, work_of
 from .window_words import Prompts
 
 STAGES_KEY = "HL Stages"
@@ -36,7 +39,8 @@ class Pass:
     """One call of a sampler's function.
 
     name: `sample` or `sample_img2img`; arguments: of that call, by name; open_run: makes the `Run` of a stage, given it and
-    the attention maps to gather; model: what is drawn with; note: takes a sentence for the user.
+    the attention maps to gather; model: what is drawn with; note: takes a sentence for the user; tell: one for the console,
+    once a job; progress: the host's bar, which is at the first stage.
     """
 
     def __init__(
@@ -50,7 +54,10 @@ class Pass:
         arguments: tuple[tuple, dict],
         open_run: Callable[[StageRun, AttentionMaps | None], Any],
         note: Callable[[str], None],
+        tell: Callable[[str], None],
+        progress: Progress,
     ):
+        self.title, self.tell, self.progress = request.method.title, tell, progress
         self.p, self.sampler, self.original, self.open_run, self.note = p, sampler, original, open_run, note
         self.model, self.is_started = model, name == "sample_img2img"
         self.bound = inspect.signature(original).bind(*arguments[0], **arguments[1])
@@ -87,6 +94,7 @@ class Pass:
             self.prompts = Prompts(self.p, self.note)
             if self.prompts.texts() is not None:
                 self.maps = AttentionMaps(shared.sd_model.model.diffusion_model)
+        self.tell(f"{run_in_words(self.title, self.stages, self._calls())}.")
         progressive = Progressive(self.stages, self.p.seeds, prepare=self._prepare)
         if self.is_started:
             run = progressive.started(self.stages[0], 1, self.told["x"], self.told["noise"])
@@ -97,6 +105,9 @@ class Pass:
         if len(self.stages) == 1:
             return self._sampled(progressive.first(self.stages[0]), self.sampler, self._as_asked)
         return self._draw_stages(progressive)
+
+    def _calls(self) -> list[int]:
+        return samplers.calls_of(self.p, self.sampler, self.stages, self.is_started, self.told.get("steps"))
 
     def _as_asked(self) -> Tensor:
         return self.original(*self.bound.args, **self.bound.kwargs)
@@ -127,11 +138,19 @@ class Pass:
         p = self.p
         names = ("rng", "denoising_strength", "sampler")
         before = {name: getattr(p, name, None) for name in names}
-        self._tell_progress()
+        is_first_batch = getattr(p, "iteration", 0) == 0
+        if is_first_batch:
+            self.progress.lengthen(p.n_iter * sum(stage.steps_of(p.steps) for stage in self.stages[1:]), p.steps)
         p.extra_generation_params[STAGES_KEY] = describe(self.stages)
 
         def sample(run: StageRun) -> Tensor:
-            return self._later(run) if run.number else self._first(run)
+            if run.number:
+                return self._later(run)
+            began = time.perf_counter()
+            latents = self._first(run)
+            if is_first_batch and not _is_stopped():
+                self._tell_rest(time.perf_counter() - began)
+            return latents
 
         try:
             return progressive.run(sample, _is_stopped)
@@ -151,7 +170,7 @@ class Pass:
         from modules import devices, sd_samplers, shared
 
         p = self.p
-        shared.state.nextjob()
+        self.progress.next_stage(run.number)
         devices.torch_gc()
         p.rng = self._rng(run.size)
         sampler = p.sampler = sd_samplers.create_sampler(self.sampler.config.name, shared.sd_model)
@@ -199,18 +218,12 @@ class Pass:
         self.p.setup_conds()
         self.told["conditioning"], self.told["unconditional_conditioning"] = self.p.get_conds()
 
-    def _tell_progress(self) -> None:
-        """Each later stage is a job of its own; told once for all batches."""
-        from modules import shared
-
-        p = self.p
-        if getattr(p, "iteration", 0) != 0:
-            return
-        shared.state.job_count += p.n_iter * (len(self.stages) - 1)
-        steps = p.steps + sum(stage.steps_of(p.steps) for stage in self.stages[1:])
-        if getattr(p, "enable_hr", False):
-            steps += p.hr_second_pass_steps or p.steps
-        shared.total_tqdm.updateTotal(steps * p.n_iter)
+    def _tell_rest(self, seconds: float) -> None:
+        """How long the later stages will take, by the `seconds` of the first."""
+        first, *later = (work_of(stage, calls) for stage, calls in zip(self.stages, self._calls()))
+        rest = seconds * sum(later) / first
+        if rest >= 1:
+            self.tell(f"about {duration(rest)} to go in this pass.")
 
     # Looking at a picture ----------------------------------------------------------------------------------------------
 

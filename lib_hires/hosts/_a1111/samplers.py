@@ -5,9 +5,11 @@ A stage's skip residual is written into the tensor that a sampler hands to the m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...plan.tiling import Stage
+from ...schedule import TRAINED_STEPS
 from ...stages.progressive import losing_sampler
 
 LOSING = ("UniPC", "DPM adaptive")
@@ -43,3 +45,21 @@ def denoising_strength(stage: Stage, steps: int, scaled: bool) -> float:
     wanted = stage.steps_of(steps)
     encoded = min(wanted + 1, steps - 1) if scaled else wanted - 1
     return (encoded + 0.5) / steps
+
+
+def calls_of(p: Any, sampler: Any, stages: Sequence[Stage], is_started: bool, steps: int | None = None) -> list[int]:
+    """Denoiser calls of each stage of a pass, as the host foresees them: two a step for samplers of second order.
+
+    is_started: the host begins with latents; steps: what it is told then, None where its `denoising_strength` decides.
+    """
+    from modules import shared
+
+    scaled, asked = is_scaled(sampler), steps or p.steps
+    if is_started:
+        is_exact = steps is not None or getattr(shared.opts, "img2img_fix_steps", False)
+        encoded = asked - 1 if is_exact else int(min(p.denoising_strength, 0.999) * asked)
+        counts = [encoded - 1 if scaled else encoded + 1]
+    else:
+        first = len(range(0, TRAINED_STEPS, max(1, TRAINED_STEPS // asked))) - 1 if scaled else asked
+        counts = [first, *(stage.steps_of(asked) for stage in stages[1:])]
+    return [sampler.config.total_steps(max(1, count)) for count in counts]
