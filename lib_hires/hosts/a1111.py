@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -28,19 +28,19 @@ from ..config.common import ABOVE, HIRES
 from ..config.errors import Conflict, HiresError
 from ..patches import UndoLog
 from ..plan.method import Wanted
-from ..plan.models import LATENT_FACTOR, Model
+from ..plan.models import Model
 from ..plan.route import Size
-from ..plan.tiling import Stage
 from ..request import CHOSEN_KEY, Request
 from ..schedule import NoiseSchedule
 from ..stages.inside import unet_methods
 from ..stages.progressive import StageRun
 from ..unet.attention_maps import AttentionMaps
 from ..unet.session import Session
+from ._a1111 import foreseen
 from ._a1111.decoding import Decoding
 from ._a1111.passes import Pass
-from ._a1111.progress import Progress, work_of
-from ._a1111.samplers import calls_of, keeps_state
+from ._a1111.progress import Progress
+from ._a1111.samplers import keeps_state
 from ._a1111.views import Views
 from .protocol import OVERRIDE, Asked, Reader, drop_infotext, fail_when_sampled, forget_failure, forget_package
 
@@ -137,37 +137,15 @@ class A1111:
             return
         job.passes_seen += 1
         size = tuple(x.shape[-2:])
-        height, width = (length * LATENT_FACTOR for length in size)
-        if _wants(job.request, p, width, height, is_hires=_is_hires(p)):
+        hires = foreseen.is_hires(p)
+        if foreseen.wants(job.request, p, size, hires):
             job.is_changed = job.is_changed or not job.request.is_automatic
             p.extra_generation_params.update(job.request.to_infotext())
             for name in _SAMPLER_FUNCTIONS:
                 _wrap(p.sampler, name, lambda *call: self._draw(p, job, size, *call))
         if job.works is None:
-            job.works = self._works(p, job.request, size)
-        self._progress.begin(job.works, int(_is_hires(p)))
-
-    def _works(self, p: Any, request: Request, size: Size) -> list[list[int]]:
-        """The work of each stage of each pass of a picture; [] where no pass has a canvas: the host's own jobs will do."""
-        if hasattr(p, "init_images") or not (request.is_automatic or isinstance(request.method, CanvasMethod)):
-            return []
-        passes = [(size, None)]
-        if getattr(p, "enable_hr", False):
-            first, last = (p.height, p.width), (p.hr_upscale_to_y, p.hr_upscale_to_x)
-            first, last = (tuple(length // LATENT_FACTOR for length in sides) for sides in (first, last))
-            last = last[0] - p.truncate_y, last[1] - p.truncate_x
-            passes = [(first, None), (last, p.hr_second_pass_steps or p.steps)]
-        try:
-            model = self._model(p, request)
-            stages = [_stages(p, request, model, each, bool(number)) for number, (each, _) in enumerate(passes)]
-        except HiresError:  # the sampler's function will raise it again
-            return []
-        if not any(stage.canvas for each in stages for stage in each):
-            return []
-        if getattr(p, "firstpass_image", None) is not None:
-            stages[0] = ()
-        calls = [calls_of(p, p.sampler, each, bool(number), passes[number][1]) for number, each in enumerate(stages)]
-        return [[work_of(*pair) for pair in zip(*pairs)] for pairs in zip(stages, calls)]
+            job.works = foreseen.works(p, job.request, size, lambda: self._model(p, job.request))
+        self._progress.begin(job.works, int(hires))
 
     def _model(self, p: Any, request: Request) -> Model:
         """What the host's model is, whatever the request's method."""
@@ -228,25 +206,6 @@ class A1111:
             _say(p, [_why_nothing(job)])
 
 
-def _is_hires(p: Any) -> bool:
-    return bool(getattr(p, "is_hr_pass", False))
-
-
-def _wants(request: Request, p: Any, width: int, height: int, is_hires: bool) -> bool:
-    """Whether a pass of this job is to be changed."""
-    return request.common.wants_pass(is_hires, width, height, only=hasattr(p, "init_images"))
-
-
-def _stages(p: Any, request: Request, model: Model, size: Size, is_hires: bool) -> Sequence[Stage]:
-    """How a pass of txt2img will be drawn; one stage where it is left alone or has no canvas."""
-    height, width = (length * LATENT_FACTOR for length in size)
-    if _wants(request, p, width, height, is_hires):
-        request = request.resolved(model, Wanted(size, p.steps, is_hires, keeps_state(p.sampler)))
-        if isinstance(request.method, CanvasMethod):
-            return request.method.stages(model, size, request.common, started=is_hires)
-    return (Stage(size),)
-
-
 def _why_nothing(job: Job) -> str:
     if not job.passes_seen:
         return (
@@ -301,7 +260,7 @@ class Run:
         maps: AttentionMaps | None = None,
     ):
         self.p, self.request, self.maps, self._runs = p, request, maps, runs
-        self._is_stage = stage is not None and not hasattr(p, "init_images") and not _is_hires(p)
+        self._is_stage = stage is not None and not hasattr(p, "init_images") and not foreseen.is_hires(p)
         self.views = Views(stage, lambda text: _say(p, [text])) if stage is not None else None
         self.session: Session | None = None
         self._made_for: tuple[Any, Any] | None = None
@@ -446,7 +405,7 @@ def _tokens_owner(p: Any) -> str | None:
     """Who else divides the attention's tokens in this pass."""
     from modules import shared
 
-    is_hires = _is_hires(p)
+    is_hires = foreseen.is_hires(p)
     if getattr(shared.opts, "hypertile_enable_unet", False):
         return "Hypertile"
     if is_hires and getattr(shared.opts, "hypertile_enable_unet_secondpass", False):

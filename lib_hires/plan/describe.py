@@ -53,7 +53,12 @@ def describe_stages(stages: Sequence[Stage], calls: Sequence[int]) -> list[str]:
 def run_in_words(title: str, stages: Sequence[Stage], calls: Sequence[int]) -> str:
     """One line for what is about to run: "DemoFusion: 256x256, 512x512; 124 UNet evaluations"."""
     total = evaluations_of(stages, calls)
-    return f"{title}: {', '.join(_pixels(stage.size) for stage in stages)}; {total} UNet evaluation{'s' * (total != 1)}"
+    return f"{title}: {stage_sizes(stages)}; {total} UNet evaluation{'s' * (total != 1)}"
+
+
+def stage_sizes(stages: Sequence[Stage]) -> str:
+    """The stages' sizes in pixels: "256x256, 512x512"."""
+    return ", ".join(_pixels(stage.size) for stage in stages)
 
 
 def _pixels(size: Size) -> str:

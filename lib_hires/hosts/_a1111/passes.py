@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...config.errors import Conflict
-from ...plan.describe import run_in_words
+from ...plan.describe import run_in_words, stage_sizes
 from ...plan.models import LATENT_FACTOR, Model
 from ...plan.route import Size
-from ...plan.tiling import Stage
 from ...request import Request
 from ...schedule import NoiseSchedule
 from ...stages.progressive import Progressive, StageRun
@@ -141,7 +140,7 @@ class Pass:
         is_first_batch = getattr(p, "iteration", 0) == 0
         if is_first_batch:
             self.progress.lengthen(p.n_iter * sum(stage.steps_of(p.steps) for stage in self.stages[1:]), p.steps)
-        p.extra_generation_params[STAGES_KEY] = describe(self.stages)
+        p.extra_generation_params[STAGES_KEY] = stage_sizes(self.stages)
 
         def sample(run: StageRun) -> Tensor:
             if run.number:
@@ -270,8 +269,3 @@ def _is_stopped() -> bool:
     from modules import shared
 
     return bool(shared.state.interrupted or shared.state.skipped)
-
-
-def describe(stages: Sequence[Stage]) -> str:
-    """The stages' sizes in pixels: "256x256, 512x512"."""
-    return ", ".join(f"{s.size[1] * LATENT_FACTOR}x{s.size[0] * LATENT_FACTOR}" for s in stages)
