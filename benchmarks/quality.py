@@ -201,7 +201,8 @@ class Bench:
         return [[round(value, 4) for value in one] for one in found.tolist()]
 
     def _key(self, name: str, scale: float, aspect: str, seed: int, settings: dict | None) -> str:
-        whole = None if settings is None else Request.from_dict(settings).to_dict()  # a default that changes draws anew; not what 'auto' means
+        # A default that changes draws anew, but not what an automatic value means.
+        whole = None if settings is None else Request.from_dict(settings).to_dict()
         told = "" if whole is None else json.dumps(whole, sort_keys=True)
         return f"{self.circumstances} | {name} {scale:g} {aspect} {seed} | {STEPS} {CFG} {SAMPLER} {told}"
 

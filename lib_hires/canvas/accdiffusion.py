@@ -17,7 +17,7 @@ from ..config.settings import AUTO, setting
 from ..plan.models import Model
 from ..plan.route import Size
 from ..plan.tiling import BY_CHANNEL, BY_POSITION, NO_SHUFFLE, CanvasPlan, Edges
-from .method import StagedMethod
+from .method import AS_FITS, StagedMethod
 
 _MAP = 4
 """Latents a cell of the attention maps: published views move by whole cells."""
@@ -25,7 +25,7 @@ _MAP = 4
 
 @dataclass(frozen=True)
 class AccDiffusion(StagedMethod):
-    """Settings of AccDiffusion v1; the defaults are the published ones."""
+    """Settings of AccDiffusion v1."""
 
     name: ClassVar[str] = "accdiffusion"
     group: ClassVar[str] = "windows"
@@ -45,11 +45,11 @@ class AccDiffusion(StagedMethod):
         simple=True,
     )
     interaction: str = setting(
-        BY_POSITION,
+        AS_FITS,
         "Window interaction",
         "How the dilated grids exchange latents: by position (the paper), by channel and position (the published code), "
-        "or not.",
-        choices=(BY_POSITION, BY_CHANNEL, NO_SHUFFLE),
+        "or not. 'auto' is by position, with 'As published' by channel.",
+        choices=(AS_FITS, BY_POSITION, BY_CHANNEL, NO_SHUFFLE),
     )
     view_guidance: float = setting(
         AUTO,
@@ -64,7 +64,10 @@ class AccDiffusion(StagedMethod):
     def canvas(self, model: Model, size: Size, scale: float) -> CanvasPlan:
         """DemoFusion's canvas with window prompts and interaction."""
         plan = super().canvas(model, size, scale)
-        dilated = plan.dilated and replace(plan.dilated, shuffle=self.interaction, group=16 if self.published else 0)
+        shuffle = self.interaction
+        if shuffle == AS_FITS:
+            shuffle = BY_CHANNEL if self.published else BY_POSITION
+        dilated = plan.dilated and replace(plan.dilated, shuffle=shuffle, group=16 if self.published else 0)
         return replace(
             plan,
             dilated=dilated,

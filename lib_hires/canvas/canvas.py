@@ -34,7 +34,7 @@ class Tile:
     """One network input: its kind, its number, its size in latents, and for each image of the batch where it lies.
 
     `places`: (top, left) in latents on the canvas; None for what covers the whole canvas (a dilated grid).
-    `turns`: (down, right) latents by which the canvas was turned before this grid was cut from it; None where it was not.
+    `turns`: (down, right) latents by which the canvas was turned before this tile was cut from it; None where it was not.
     """
 
     kind: str
@@ -70,9 +70,14 @@ class Canvas:
 
     @property
     def covers_at_once(self) -> bool:
-        """Whether one view is the whole canvas and nothing else is asked for: plain sampling, bit for bit."""
+        """Whether one view is the whole canvas and nothing else is asked for: plain sampling, bit for bit.
+
+        Not where its edges meet: the view then lies elsewhere at each noise level.
+        """
         local, dilated = self.plan.local, self.plan.dilated
         if dilated is not None and dilated.dilation > 1:
+            return False
+        if local is not None and any(local.circles(self.size)):
             return False
         return local is None or (len(local.views(self.size)) == 1 and local.view_size(self.size) == self.size)
 
@@ -112,13 +117,20 @@ class Canvas:
         return result.to(x.dtype)
 
     def _local(self, x: Tensor, moment: Moment, images: Sequence[int], evaluate: Evaluate) -> Tensor:
+        """The weighted mean of all views.
+
+        Along a circle that one view covers the canvas is turned by another draw at each noise level before the view is cut
+        and turned back after, so that the view's ends have no fixed place.
+        """
+        turns = self._turned(moment, self.plan.local.circles(self.size))
+        x = x if turns is None else turned(x, [turns[image] for image in images])
         cutter = Cutter(self.plan.local, self.size, images)
         padded, sums = cutter.padded(x), cutter.sums(x)
         views = self.views(moment)
-        pieces = ((Tile(LOCAL, view.index, view.size, view.places), cutter.cut(padded, view)) for view in views)
+        pieces = ((Tile(LOCAL, view.index, view.size, view.places, turns), cutter.cut(padded, view)) for view in views)
         for (_, prediction), view in zip(self.batches.run(pieces, evaluate), views):
             cutter.add(sums, view, prediction)
-        return cutter.mean(sums)
+        return self._back(cutter.mean(sums), turns, images)
 
     def _dilated(self, x: Tensor, moment: Moment, images: Sequence[int], evaluate: Evaluate) -> Tensor:
         """Every grid reads filtered latents; with window interaction grids exchange latents before and back after.
@@ -127,7 +139,7 @@ class Canvas:
         and turned back after, so that their ends have no fixed place.
         """
         plan, published = self.plan.dilated, self.plan.published
-        turns = self._turned(moment)
+        turns = self._turned(moment, self.plan.local.wrap if self.plan.local else (False, False))
         x = x if turns is None else turned(x, [turns[image] for image in images])
         sigma = plan.filter_sigma * (0.99 * moment.cosine**self.plan.cosines.filter + 0.01)
         grids = self._filtered_grids(x, plan.dilation, sigma, published)
@@ -138,21 +150,22 @@ class Canvas:
         outputs = torch.stack([output.float() for _, output in self.batches.run(pieces, evaluate)])
         if exchange is not None:
             outputs = torch.empty_like(outputs).scatter_(0, exchange, outputs)
-        joined = join_grids(outputs, plan.dilation, self.size)
-        return joined if turns is None else turned(joined, [(-turns[image][0], -turns[image][1]) for image in images])
+        return self._back(join_grids(outputs, plan.dilation, self.size), turns, images)
 
-    def _turned(self, moment: Moment) -> tuple[Place, ...] | None:
-        """How far each image's canvas is turned at a moment; None where no edges meet."""
-        wrap = self.plan.local.wrap if self.plan.local else (False, False)
-        if not any(wrap):
+    def _turned(self, moment: Moment, axes: tuple[bool, bool]) -> tuple[Place, ...] | None:
+        """How far each image's canvas is turned along `axes` (down, across) at a moment; None where along none."""
+        if not any(axes):
             return None
         return tuple(
             tuple(
                 self._turns.integer(length, seed, self.stage, moment.key, axis) if on else 0
-                for length, on, axis in zip(self.size, wrap, ("down", "across"))
+                for length, on, axis in zip(self.size, axes, ("down", "across"))
             )
             for seed in self.seeds
         )
+
+    def _back(self, x: Tensor, turns: Sequence[Place] | None, images: Sequence[int]) -> Tensor:
+        return x if turns is None else turned(x, [(-turns[image][0], -turns[image][1]) for image in images])
 
     def _filtered_grids(self, x: Tensor, dilation: int, sigma: float, published: bool) -> Tensor:
         """(s*s, N, C, h, w) fp32. As published the zeros that fill up the canvas are filtered along with it."""

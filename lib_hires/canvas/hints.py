@@ -36,10 +36,10 @@ class Hint:
 
     def _row(self, tile: Tile, image: int) -> Tensor:
         own = slice(image % len(self._blocks), image % len(self._blocks) + 1)
+        row = (self._padded if tile.kind == LOCAL else self._blocks)[own]
+        row = turned(row, [tile.turns[image]]) if tile.turns else row  # along circles only, which are never padded
         if tile.kind == LOCAL:
-            return self._cutter.cut(self._padded[own], View(tile.index, tile.size, (tile.places[image],)))
-        row = self._blocks[own]
+            return self._cutter.cut(row, View(tile.index, tile.size, (tile.places[image],)))
         if tile.kind == DILATED:
-            row = turned(row, [tile.turns[image]]) if tile.turns else row
             return grid_of(row, self.plan.dilated.dilation, tile.index, self.plan.published)
         return row

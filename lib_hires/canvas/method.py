@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..config.common import Common
@@ -24,14 +24,17 @@ from ..plan.tiling import (
     Stage,
     first_size,
     fitting,
-    nearest_factor,
+    is_too_large,
     stage_scales,
+    whole_factor,
 )
 
 AS_FITS = "auto"
 PLAIN, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
 LEAST_RATIO = 1.05
 """Below this scale over the native size there is no second stage."""
+STRENGTH = 0.4
+"""The share of the sampler's steps that later stages run, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ class StagedMethod(CanvasMethod):
     shuffle: ClassVar[str] = "none"
 
     stage_strength: float = setting(
-        0.4,
+        STRENGTH,
         "Stage strength",
-        "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, less starts "
-        "each stage at a lower noise level, stays closer to the first picture and is as much faster.",
+        "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, which 'As "
+        "published' always takes; less starts each stage at a lower noise level, stays closer to the first picture and is "
+        "as much faster.",
         low=0.05,
         high=1.0,
         step=0.05,
@@ -156,8 +160,9 @@ class StagedMethod(CanvasMethod):
     published: bool = setting(
         False,
         "As published",
-        "Repeat the published code's own choices: every whole scale as a stage, zeros around edge views, one mean and "
-        "std over all channels as anchor. Only for sizes that are whole multiples of the native size.",
+        "Repeat the published code's own choices: every whole scale as a stage, run in full, zeros around edge views, one "
+        "mean and std over all channels as anchor. What is set to automatic follows. Only for sizes that are whole "
+        "multiples of the native size.",
     )
 
     def validate(self) -> None:
@@ -166,36 +171,68 @@ class StagedMethod(CanvasMethod):
             raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
         if self.published and self.anchor in (MEAN, NOTHING):
             raise SettingError("anchor", self.anchor, f"{AS_FITS!r} or {MEAN_AND_STD!r} where 'published' is true")
+        if self.published and self.stage_strength not in (STRENGTH, 1.0):
+            raise SettingError("stage_strength", self.stage_strength, "1, or left alone, where 'published' is true")
 
     def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
         """The native stage and those after it; where the host `started` (img2img), one stage on its latents."""
         native = model.native // LATENT_FACTOR
         first, ratio = first_size(size, native)
+        is_long = is_too_large(first, native)
+
+        def later(reached: Size, scale: float) -> CanvasPlan:
+            plan = self.canvas(model, reached, scale)
+            return replace(plan, window_prompts=None) if is_long else plan
+
         if started:
-            return (Stage(size, ratio, canvas=self.canvas(model, size, ratio)).given(),)
+            return (Stage(size, ratio, canvas=later(size, ratio)).given(),)
         if self.published:
             return self._published_stages(model, size, native)
         if ratio < LEAST_RATIO:
-            return (Stage(size),)
-        result = [Stage(first)]
+            return (Stage(size, canvas=self.first_canvas(model, size)),)
+        result = []
         for scale in stage_scales(ratio, self.max_step):
             reached = size if scale == ratio else tuple(fitting(length * scale / ratio) for length in size)
-            result.append(Stage(reached, scale, self.stage_strength, self.canvas(model, reached, scale)))
-        return tuple(result)
+            result.append(Stage(reached, scale, self.strength, later(reached, scale)))
+        gathers = any(stage.canvas.window_prompts for stage in result)
+        return (Stage(first, canvas=None if gathers else self.first_canvas(model, first)), *result)
+
+    @property
+    def strength(self) -> float:
+        """The share of the sampler's steps that each stage after the first runs."""
+        return 1.0 if self.published else self.stage_strength
+
+    def first_canvas(self, model: Model, size: Size) -> CanvasPlan | None:
+        """The canvas of a first stage: views where it is too large for the network, else none.
+
+        Where edges meet one view as large as the stage, which is turned.
+        """
+        local = self.local(model)
+        if not is_too_large(size, model.native // LATENT_FACTOR):
+            if not any(local.wrap):
+                return None
+            local = Local(size, size, wrap=local.wrap)
+        return CanvasPlan(local=local, tile_batch=self.tile_batch)
 
     def canvas(self, model: Model, size: Size, scale: float) -> CanvasPlan:
         """The canvas of a stage that is `scale` times the first."""
         local = self.local(model)
-        factor = nearest_factor(scale)
         return CanvasPlan(
             local=Local(**{**vars(local), "edge": ZEROS if self.published else MIRROR, **self.view_options()}),
-            dilated=Dilated(factor, self.filter_sigma, self.shuffle) if self.dilated_sampling and factor > 1 else None,
+            dilated=self.dilated(model, size, scale),
             skip_residual=self.skip_residual,
             cosines=Cosines(self.cosine_1, self.cosine_2, self.cosine_3),
             tile_batch=self.tile_batch,
             anchor=(MEAN_AND_STD if self.published else MEAN) if self.anchor == AS_FITS else self.anchor,
             published=self.published,
         )
+
+    def dilated(self, model: Model, size: Size, scale: float) -> Dilated | None:
+        """The grids of a stage; None where each would be too large for the network, or all there is."""
+        native = model.native // LATENT_FACTOR
+        found = Dilated(whole_factor(scale, size, native), self.filter_sigma, self.shuffle)
+        is_fitting = found.dilation > 1 and not is_too_large(found.grid_size(size), native)
+        return found if self.dilated_sampling and is_fitting else None
 
     def view_options(self) -> dict:
         """Further fields of the views."""
@@ -214,5 +251,5 @@ class StagedMethod(CanvasMethod):
         result = [Stage(tuple(length // count for length in size))]
         for scale in range(2, count + 1):
             reached = size if scale == count else tuple(length * scale // count for length in size)
-            result.append(Stage(reached, float(scale), self.stage_strength, self.canvas(model, reached, scale)))
+            result.append(Stage(reached, float(scale), self.strength, self.canvas(model, reached, scale)))
         return tuple(result)

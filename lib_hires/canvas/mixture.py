@@ -9,15 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..config.common import Common
+from ..config.errors import SettingError
 from ..config.settings import setting
-from ..plan.models import Model
-from ..plan.tiling import GAUSSIAN, Local
+from ..plan.models import LATENT_FACTOR, Model
+from ..plan.route import Size
+from ..plan.tiling import GAUSSIAN, Local, Stage
 from .method import CanvasMethod
+
+_FLOOR = 1e-30
+"""No floor, as far as single precision goes: a corner's weight must not become nothing."""
 
 
 @dataclass(frozen=True)
 class MixtureOfDiffusers(CanvasMethod):
-    """Settings of Mixture of Diffusers; the defaults are the published ones."""
+    """Settings of Mixture of Diffusers; the numbers are the published ones."""
 
     name: ClassVar[str] = "mixture_of_diffusers"
     group: ClassVar[str] = ""
@@ -30,6 +36,33 @@ class MixtureOfDiffusers(CanvasMethod):
         0.1, "Gaussian spread", "Std of a view's weights, as a fraction of its side.", low=0.02, high=1.0, step=0.01
     )
 
+    published: bool = setting(
+        False,
+        "Published Gaussian",
+        "The published code's own weights: without a floor, and centred half a latent too far down. Only for sizes that "
+        "its views fill without one being moved.",
+        since=3,
+    )
+
+    def validate(self) -> None:
+        """The published views know no circles."""
+        if self.published and (self.wrap_x or self.wrap_y):
+            raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+
+    def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
+        """One sampling run. Raises `SettingError` for sizes that the published views do not fill."""
+        local = self.local(model)
+        if self.published and not local.fills(size):
+            window, step = (LATENT_FACTOR * lengths[0] for lengths in (local.window, local.stride))
+            raise SettingError(
+                "published",
+                True,
+                f"false for {size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}",
+                f"Published views fill sides of {window} and any number of {step} more.",
+            )
+        return super().stages(model, size, common, started)
+
     def local(self, model: Model) -> Local:
         """The views, with Gaussian weights."""
-        return replace(super().local(model), weights=GAUSSIAN, spread=self.spread)
+        local = replace(super().local(model), weights=GAUSSIAN, spread=self.spread)
+        return replace(local, floor=_FLOOR, below=0.5) if self.published else local

@@ -150,19 +150,19 @@ class Cutter:
 
 @lru_cache(maxsize=32)
 def view_weights(local: Local, size: Size, device: str = "cpu") -> Tensor:
-    """(1, h, w) fp32 weights of a view's latents: ones, or a separable Gaussian centred on the view.
+    """(1, h, w) fp32 weights of a view's latents: ones, or a separable Gaussian centred on the view, or `below` its middle.
 
     gx(i) = exp(-(i - (w-1)/2)^2 / (2 (spread w)^2)), its peak 1, not below `floor` (in half precision the published
     weights vanish at a corner). Source: Mixture of Diffusers, arXiv 2302.02412, section 3.
     """
     if local.weights != GAUSSIAN:
         return torch.ones(1, *size, device=device)
-    down, across = (_bell(length, local.spread) for length in size)
+    down, across = (_bell(length, local.spread, below) for length, below in zip(size, (local.below, 0.0)))
     return (down[:, None] * across[None, :]).clamp_min(local.floor).float()[None].to(device)
 
 
-def _bell(length: int, spread: float) -> Tensor:
-    offsets = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
+def _bell(length: int, spread: float, beyond: float) -> Tensor:
+    offsets = torch.arange(length, dtype=torch.float64) - (length - 1) / 2 - beyond
     bell = torch.exp(-(offsets**2) / (2 * (spread * length) ** 2))
     return bell / bell.max()
 

@@ -3,6 +3,8 @@
 A view is a window of the model's native size on a larger latent. Along one axis of length L, views of length w start every
 `stride` latents; the last one is moved back so that it ends at L (the published code of MultiDiffusion leaves what is
 left over uncovered). With jitter every view moves by a seeded draw, edge views outwards only.
+
+No network input is much larger than the model's native size (`MOST_AREA`), however long the canvas.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from .route import Size
 UNIFORM, GAUSSIAN = "uniform", "gaussian"
 MIRROR, ZEROS = "mirror", "zeros"
 MOST_EXCESS = 1.08
+MOST_AREA = 1.5
+"""Native areas that one network input may have: a network that is asked for more repeats, and its memory grows."""
 NO_SHUFFLE, BY_POSITION, BY_CHANNEL = "none", "position", "channel"
 
 
@@ -38,9 +42,9 @@ class Local:
     """Overlapping views of `window` (height, width) latents, every `stride` (down, across) latents.
 
     weights: of a view's latents in the mean, `uniform` or `gaussian` (std `spread` of the view's side, not below `floor` of
-    its peak). wrap: (top to bottom, left to right). jitter: each view moves by up to so many latents, in steps of
-    `jitter_unit`, drawn anew at each noise level, or once a stage where `jitter_once`. edge: what an edge view meets that
-    moves outwards: the canvas mirrored, or `zeros` as published.
+    its peak, centred so many latents `below` the view's middle). wrap: (top to bottom, left to right). jitter: each view moves
+    by up to so many latents, in steps of `jitter_unit`, drawn anew at each noise level, or once a stage where `jitter_once`.
+    edge: what an edge view meets that moves outwards: the canvas mirrored, or `zeros` as published.
     """
 
     window: Size
@@ -53,6 +57,7 @@ class Local:
     jitter_unit: int = 1
     jitter_once: bool = False
     edge: str = MIRROR
+    below: float = 0.0
 
     def views(self, size: Size) -> tuple[tuple[int, int], ...]:
         """(top, left) of every view on a canvas of `size`, without jitter, row by row."""
@@ -62,6 +67,15 @@ class Local:
     def view_size(self, size: Size) -> Size:
         """Height and width of the views on a canvas of `size`: the window, or the canvas where that is smaller."""
         return min(self.window[0], size[0]), min(self.window[1], size[1])
+
+    def fills(self, size: Size) -> bool:
+        """Whether views fill a canvas of `size` without the last one being moved back."""
+        steps = [length - window for length, window in zip(size, self.window)]
+        return all(step >= 0 and step % stride == 0 for step, stride in zip(steps, self.stride))
+
+    def circles(self, size: Size) -> tuple[bool, bool]:
+        """(down, across): the axes of a canvas of `size` that are a circle and covered by one view."""
+        return tuple(on and length <= window for on, length, window in zip(self.wrap, size, self.window))
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,7 @@ class Stage:
     @property
     def first_size(self) -> Size:
         """Of a stage that begins with a picture that is given: the size that the first stage would have had."""
-        return tuple(fitting(length / self.scale) for length in self.size)
+        return _divided(self.size, self.scale)
 
     def given(self) -> Stage:
         """This stage where it begins with a picture that is given, which has to be looked at for where its words lie."""
@@ -220,17 +234,33 @@ WHOLE_FROM = 1.75
 """Scale from which stages end at a whole multiple of the first one."""
 
 
+def is_too_large(size: Size, native: int) -> bool:
+    """Whether a network of `native` latents is not to be asked for `size` at once."""
+    return size[0] * size[1] > MOST_AREA * native**2
+
+
+def whole_factor(ratio: float, size: Size, native: int) -> int:
+    """`nearest_factor`; the next one where rounding `ratio` down leaves too much of `size` for a network of `native` latents."""
+    factor = nearest_factor(ratio)
+    return factor + 1 if 1 < factor < ratio and is_too_large(_divided(size, factor), native) else factor
+
+
 def first_size(size: Size, native: int) -> tuple[Size, float]:
     """(latents of the first stage, scale of `size` over it) for a model of `native` latents.
 
-    The longer side is native, as published; the shorter is at least half of it. From `WHOLE_FROM` on the scale is
-    rounded to a whole number, so that dilated grids are exactly as large as the first stage.
+    The longer side is native, as published; the shorter is about half of it or more: a long panorama's first stage is too
+    large for the network (`is_too_large`). From `WHOLE_FROM` on the scale is rounded to a whole number, so that dilated
+    grids are exactly as large as the first stage.
     """
     longest, shortest = max(size), min(size)
     ratio = max(1.0, min(longest / native, shortest / (native / 2)))
     if ratio >= WHOLE_FROM:
-        ratio = float(nearest_factor(ratio))
-    return (fitting(size[0] / ratio), fitting(size[1] / ratio)), ratio
+        ratio = float(whole_factor(ratio, size, native))
+    return _divided(size, ratio), ratio
+
+
+def _divided(size: Size, ratio: float) -> Size:
+    return fitting(size[0] / ratio), fitting(size[1] / ratio)
 
 
 def fitting(length: float) -> int:

@@ -69,7 +69,7 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_demofusion_equals_the_literal_pipeline_after_every_step(size):
-    method = DemoFusion(published=True, stage_strength=1.0, tile_batch=5)
+    method = DemoFusion(published=True, tile_batch=5)
     assert max(replay(method, Published(16, steps=3), *SIZES[size])) < NEAR
 
 
@@ -77,7 +77,6 @@ def test_demofusion_equals_the_literal_pipeline_after_every_step(size):
 def test_demofusion_s_exponents_mean_what_the_literal_pipeline_means(cosines):
     method = DemoFusion(
         published=True,
-        stage_strength=1.0,
         cosine_1=cosines[0],
         cosine_2=cosines[1],
         cosine_3=cosines[2],
@@ -89,25 +88,26 @@ def test_demofusion_s_exponents_mean_what_the_literal_pipeline_means(cosines):
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
 def test_demofusion_equals_the_literal_pipeline_at_ten_steps_between_the_trained_timesteps(prediction):
     constants = Published(8, steps=12, spacing="linspace", prediction=prediction)
-    assert max(replay(DemoFusion(published=True, stage_strength=1.0), constants, 128, 128)) < NEAR
+    assert max(replay(DemoFusion(published=True), constants, 128, 128)) < NEAR
 
 
-@pytest.mark.parametrize("interaction", ("channel", "position"))
-def test_accdiffusion_with_given_window_prompts_equals_the_literal_pipeline(interaction, monkeypatch):
+@pytest.mark.parametrize("settings, interaction", (({}, "channel"), ({"interaction": "position"}, "position")))
+def test_accdiffusion_with_given_window_prompts_equals_the_literal_pipeline(settings, interaction, monkeypatch):
+    """As published by itself; and by position, where that is asked for."""
     texts = {1: ["red house", "", "a", "blue", "dragon", "house blue", "a red", "fly", "x"]}
-    method = AccDiffusion(published=True, stage_strength=1.0, interaction=interaction, view_guidance=7.5, tile_batch=4)
+    method = AccDiffusion(published=True, **settings, view_guidance=7.5, tile_batch=4)
     constants = Published(32, steps=3, word_share=0.3, view_guidance=7.5, interaction=interaction)
     assert max(replay(method, constants, 512, 512, texts, monkeypatch)) < NEAR
 
 
 @pytest.mark.parametrize("share", (0.3, 0.6))
 def test_accdiffusion_finds_the_literal_pipeline_s_window_prompts(share):
-    method = AccDiffusion(published=True, stage_strength=1.0, interaction="position", word_share=share)
-    constants = Published(32, steps=3, word_share=share, interaction="position")
+    method = AccDiffusion(published=True, word_share=share)
+    constants = Published(32, steps=3, word_share=share, interaction="channel")
     assert max(replay(method, constants, 512, 512)) < NEAR
 
 
 def test_more_grids_than_a_group_exchange_within_their_group():
-    method = AccDiffusion(published=True, stage_strength=1.0, interaction="position", word_share=0.0)
+    method = AccDiffusion(published=True, interaction="position", word_share=0.0)
     constants = Published(32, steps=2, interaction="position", view_batch=3, word_share=0.0)
     assert max(replay(method, constants, 512, 512, group=3)) < NEAR

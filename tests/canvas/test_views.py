@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import model
 
+from lib_hires.canvas.mixture import MixtureOfDiffusers
 from lib_hires.canvas.views import Cutter, gaussian, grid_of, join_grids, split_grids, view_weights, views_of
+from lib_hires.config import Common, SettingError
 from lib_hires.plan.tiling import GAUSSIAN, MIRROR, UNIFORM, ZEROS, Local, starts
 from lib_hires.randomness import Stream
 
@@ -159,6 +162,38 @@ def test_gaussian_weights_are_the_published_formula_above_their_floor():
         exponent = ((y - 31.5) ** 2 + (x - 31.5) ** 2) / (64**2 * 2 * 0.01)
         peak = 2 * 0.25 / (64**2 * 2 * 0.01)
         assert float(weights[y, x]) == pytest.approx(max(1e-4, math.exp(peak - exponent)), rel=1e-5)
+
+
+def test_the_published_gaussian_is_centred_half_a_latent_too_far_down_and_has_no_floor():
+    local = MixtureOfDiffusers(published=True).local(model(64))
+    (weights,) = view_weights(local, (64, 64))
+    exact = [
+        [math.exp(-((x - 31.5) ** 2) / (64**2 * 0.02)) * math.exp(-((y - 32) ** 2) / (64**2 * 0.02)) for x in range(64)]
+        for y in range(64)
+    ]
+    exact = torch.tensor(exact, dtype=torch.float64)
+    torch.testing.assert_close(weights.double(), exact / exact.max(), rtol=1e-5, atol=0)
+    assert 0 < weights.min() < 1e-10
+
+
+def test_published_mixtures_refuse_what_their_views_do_not_fill_and_circles():
+    method = MixtureOfDiffusers(published=True)
+    for size in ((64, 64), (64, 96), (160, 128)):
+        assert method.stages(model(64), size, Common())[0].canvas.local.fills(size)
+    for size in ((64, 100), (32, 64), (128, 72)):
+        with pytest.raises(SettingError, match=r"sides of 512 and any number of 256 more"):
+            method.stages(model(64), size, Common())
+        assert MixtureOfDiffusers().stages(model(64), size, Common())
+    with pytest.raises(SettingError, match="'published' is True"):
+        MixtureOfDiffusers(published=True, wrap_y=True)
+
+
+@pytest.mark.parametrize("spread", (0.02, 0.1, 1.0))
+def test_published_weights_still_put_a_canvas_together(spread):
+    local = MixtureOfDiffusers(published=True, spread=spread).local(model(16))
+    x = random(1, 3, 24, 40)
+    again, _ = put_together(local, (24, 40), x)
+    torch.testing.assert_close(again, x, atol=2e-6, rtol=2e-6)
 
 
 def test_gaussian_weights_of_twice_the_size_have_the_same_shape():

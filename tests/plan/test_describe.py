@@ -4,8 +4,9 @@ from support.structures import SD1, SDXL
 
 from lib_hires.config import Common
 from lib_hires.methods import find_method
-from lib_hires.plan.describe import describe_plan
+from lib_hires.plan.describe import describe_plan, run_in_words
 from lib_hires.plan.models import read_model
+from lib_hires.plan.tiling import Stage
 from lib_hires.schedule import Level
 
 HiDiffusion = find_method("hidiffusion")
@@ -36,3 +37,9 @@ def test_windows_are_named_with_their_level():
 def test_what_was_left_out_is_said():
     lines = describe(SD1, (64, 64), HiDiffusion())
     assert lines[1] == "RAU-Net is off: 512x512 is 1.00 times the native size 512, below 'min_scale' 1.25."
+
+
+def test_one_line_says_sizes_as_width_by_height_and_the_work_with_the_looks_before_it():
+    assert run_in_words("X", (Stage((32, 48)), Stage((64, 96))), (20, 8)) == "X: 384x256, 768x512; 28 UNet evaluations"
+    assert run_in_words("X", (Stage((8, 8), looks=(800, 200)),), (1,)) == "X: 64x64; 3 UNet evaluations"
+    assert run_in_words("X", (Stage((8, 8)),), (1,)) == "X: 64x64; 1 UNet evaluation"

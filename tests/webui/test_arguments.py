@@ -16,11 +16,11 @@ def values(**changed):
 
 def test_controls_are_enabled_method_common_then_each_methods_own_and_then_what_methods_share():
     keys = [control.key for control in controls()]
-    own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name and not cls.automatic]
+    own = [f"{name}.{row.name}" for name, cls in methods().items() for owner, row in owned_rows(cls) if owner == name and not row.since]
     first = ["enabled", "method", *(f"common.{row.name}" for row in schema(Common)), *own]
     assert keys[: len(first)] == first
-    assert keys[-2:] == ["auto.aim", "stages.anchor"]
-    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) : -2])) == ["windows", "stages", "views"]
+    assert keys[-3:] == ["auto.aim", "stages.anchor", "mixture_of_diffusers.published"]
+    assert list(dict.fromkeys(key.split(".")[0] for key in keys[len(first) : -3])) == ["windows", "stages", "views"]
 
 
 def test_settings_that_came_later_have_numbers_of_their_own_and_stand_last_in_their_order():
@@ -31,7 +31,7 @@ def test_settings_that_came_later_have_numbers_of_their_own_and_stand_last_in_th
 
 
 def test_a_list_from_before_a_setting_keeps_the_places_of_all_others():
-    found = read_arguments(values(enabled=True, method="DemoFusion", views__overlap=0.25)[:-2]).request.method
+    found = read_arguments(values(enabled=True, method="DemoFusion", views__overlap=0.25)[:-3]).request.method
     assert (found.overlap, found.anchor) == (0.25, "auto")
 
 
