@@ -95,8 +95,14 @@ def generate(options: argparse.Namespace) -> int:
     runner = Runner(quiet=options.quiet)
     jobs = [complete(given, job) for job in read_jobs(options.jobs)] if options.jobs else [complete(given, {})]
     if options.dry_run:
+        made: set[Path] = set()
         for job in jobs:
-            print("\n".join(runner.plan(job)))
+            start = Path(job["init_image"]).absolute() if job["init_image"] else None
+            if start in made and not start.exists():
+                print(f"'{job['init_image']}' is drawn by an earlier job: plan this one when it is there.")
+            else:
+                print("\n".join(runner.plan(job)))
+            made.update(_files_of(job, "out"))
         return 0
     _check_outputs(jobs)
     interrupt = Interrupt()
@@ -213,9 +219,6 @@ def _check_text(name: str, value: str) -> None:
 def _check_outputs(jobs: list[dict[str, Any]]) -> None:
     """Raises `HiresError` where a picture or report would go nowhere, into a folder's name, or over another one, and where
     a job starts from a picture that will not be there or that it would write over."""
-    from .engines.job import MAX_BATCH
-    from .engines.runner import picture_names
-
     taken: set[Path] = set()
     for job in jobs:
         if not job["out"]:
@@ -225,8 +228,7 @@ def _check_outputs(jobs: list[dict[str, Any]]) -> None:
                 continue
             if Path(job[name]).is_dir():
                 raise SettingError(name, job[name], "a file's name", "It is a folder.")
-            batch = job["batch"] if name == "out" and isinstance(job["batch"], int) else 1
-            for path in picture_names(Path(job[name]).absolute(), min(batch, MAX_BATCH)):
+            for path in _files_of(job, name):
                 if path.is_dir():
                     raise SettingError(name, job[name], "a file's name", "It is a folder.")
                 if path in taken:
@@ -235,6 +237,15 @@ def _check_outputs(jobs: list[dict[str, Any]]) -> None:
                     )
                 taken.add(path)
         _check_start(job, taken)
+
+
+def _files_of(job: dict[str, Any], name: str) -> list[Path]:
+    """The files that a job's `out` or `report` means; none where it is not given."""
+    from .engines.job import MAX_BATCH
+    from .engines.runner import picture_names
+
+    batch = job["batch"] if name == "out" and isinstance(job["batch"], int) else 1
+    return picture_names(Path(job[name]).absolute(), min(batch, MAX_BATCH)) if job[name] else []
 
 
 def _check_start(job: dict[str, Any], taken: set[Path]) -> None:

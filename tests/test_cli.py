@@ -442,3 +442,16 @@ def test_the_tables_name_every_setting_once_under_its_method_or_under_those_that
     mixture = parts["Mixture of Diffusers (`mixture_of_diffusers`)"]
     assert "`spread`" in mixture and "`overlap`" not in mixture and "Shared settings: *Views*." in mixture
     assert "|" not in parts["DemoFusion (`demofusion`)"] and "*Stages*, *Views*." in parts["DemoFusion (`demofusion`)"]
+
+
+def test_a_dry_run_of_a_job_that_starts_from_an_earlier_ones_picture_says_so(tmp_path, capsys):
+    first, second = tmp_path / "one.png", tmp_path / "two.png"
+    jobs = [{"out": str(first)}, {"out": str(second), "init_image": str(first), "width": 64, "height": 64}]
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a star", "width": 64, "height": 64, "steps": 2, **job}) for job in jobs))
+    run(["generate", "--jobs", str(file), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "'" + str(first) + "' is drawn by an earlier job" in said
+    Image.new("RGB", (64, 64)).save(first)
+    run(["generate", "--jobs", str(file), "--dry-run"])
+    assert "earlier job" not in capsys.readouterr().out

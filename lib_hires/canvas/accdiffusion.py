@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..config.common import Common
 from ..config.errors import SettingError
 from ..config.settings import AUTO, setting
 from ..plan.models import Model
@@ -19,6 +20,10 @@ from ..plan.route import Size
 from ..plan.tiling import BY_CHANNEL, BY_POSITION, NO_SHUFFLE, CanvasPlan, Edges
 from .method import AS_FITS, StagedMethod
 
+NO_WORDS = "words are not looked for, every view has the whole prompt: this picture is too long to be seen as a whole."
+NO_CIRCLE = (
+    "the first stage does not know that edges meet, since words are looked for in it: 'word_share' 0 draws it so."
+)
 _MAP = 4
 """Latents a cell of the attention maps: published views move by whole cells."""
 
@@ -74,6 +79,16 @@ class AccDiffusion(StagedMethod):
             window_prompts=self.word_share,
             guidance=0.0 if self.view_guidance == AUTO else self.view_guidance,
         )
+
+    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
+        """The words of a long panorama; edges that meet in a first stage."""
+        left = super().left_out(model, size, started)
+        if not self.word_share:
+            return left
+        if self.is_long(model, size):
+            return (*left, NO_WORDS)
+        is_staged = len(self.stages(model, size, Common(), started)) > 1
+        return (*left, NO_CIRCLE) if is_staged and (self.wrap_x or self.wrap_y) else left
 
     def view_options(self) -> dict[str, Any]:
         """Views keep their places for a stage, since their prompts belong to these places."""

@@ -31,6 +31,7 @@ from ..plan.tiling import (
 
 AS_FITS = "auto"
 PLAIN, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
+NO_GRIDS = "dilated sampling is left out: this picture is too long for the network to see it as a whole, so subjects may repeat."
 LEAST_RATIO = 1.05
 """Below this scale over the native size there is no second stage."""
 STRENGTH = 0.4
@@ -119,9 +120,9 @@ class StagedMethod(CanvasMethod):
     stage_strength: float = setting(
         STRENGTH,
         "Stage strength",
-        "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, which 'As "
-        "published' always takes; less starts each stage at a lower noise level, stays closer to the first picture and is "
-        "as much faster.",
+        "How much of the sampler's steps each stage after the first runs: 1 is the published full schedule, less starts "
+        "each stage at a lower noise level, stays closer to the first picture and is as much faster. 'As published' takes 1 "
+        f"where this is {STRENGTH:g}.",
         low=0.05,
         high=1.0,
         step=0.05,
@@ -171,18 +172,21 @@ class StagedMethod(CanvasMethod):
             raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
         if self.published and self.anchor in (MEAN, NOTHING):
             raise SettingError("anchor", self.anchor, f"{AS_FITS!r} or {MEAN_AND_STD!r} where 'published' is true")
-        if self.published and self.stage_strength not in (STRENGTH, 1.0):
-            raise SettingError("stage_strength", self.stage_strength, "1, or left alone, where 'published' is true")
 
     def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
         """The native stage and those after it; where the host `started` (img2img), one stage on its latents."""
         native = model.native // LATENT_FACTOR
         first, ratio = first_size(size, native)
-        is_long = is_too_large(first, native)
+        is_long = self.is_long(model, size)
 
         def later(reached: Size, scale: float) -> CanvasPlan:
             plan = self.canvas(model, reached, scale)
-            return replace(plan, window_prompts=None) if is_long else plan
+            is_one_view = len(plan.local.views(reached)) == 1
+            if is_long or is_one_view:  # nothing to choose words by, or nothing to choose them for
+                plan = replace(plan, window_prompts=None)
+            if is_one_view and plan.dilated is None and not any(plan.local.circles(reached)):  # plain sampling
+                plan = replace(plan, edges=None)
+            return plan
 
         if started:
             return (Stage(size, ratio, canvas=later(size, ratio)).given(),)
@@ -197,10 +201,19 @@ class StagedMethod(CanvasMethod):
         gathers = any(stage.canvas.window_prompts for stage in result)
         return (Stage(first, canvas=None if gathers else self.first_canvas(model, first)), *result)
 
+    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
+        """Dilated sampling of a long panorama."""
+        return (NO_GRIDS,) if self.dilated_sampling and self.is_long(model, size) else ()
+
+    def is_long(self, model: Model, size: Size) -> bool:
+        """Whether even the first stage of a picture of `size` is too large for the network to be drawn at once."""
+        native = model.native // LATENT_FACTOR
+        return not self.published and is_too_large(first_size(size, native)[0], native)
+
     @property
     def strength(self) -> float:
         """The share of the sampler's steps that each stage after the first runs."""
-        return 1.0 if self.published else self.stage_strength
+        return 1.0 if self.published and self.stage_strength == STRENGTH else self.stage_strength
 
     def first_canvas(self, model: Model, size: Size) -> CanvasPlan | None:
         """The canvas of a first stage: views where it is too large for the network, else none.

@@ -117,6 +117,8 @@ class Drawing:
         denoiser, device = _fitted(self.denoiser, stage.first_size), latents.device
         with self.maps:
             for timestep, state in looks(latents, stage, noise, self.engine.schedule()):
+                if self.stopped():
+                    return
                 self.gather()
                 predict(denoiser, state, torch.tensor(float(timestep), device=device), self.job)
                 self.advance(1)
@@ -129,11 +131,13 @@ class Drawing:
     def prepare(self, stage_run: StageRun) -> None:
         """Window prompts from the first stage's attention maps, edges from the picture of the stage before."""
         plan = stage_run.stage.canvas
-        if plan and plan.window_prompts:
+        if not plan or not (plan.window_prompts or plan.edges) or self.stopped():  # the first call will be the last
+            return
+        if plan.window_prompts:
             stage_run.prompts = encode_windows(
                 self.engine.components, self.job.negative, self.job.prompt, self.maps, stage_run, self.job.batch
             )
-        if plan and plan.edges and self.engine.control is not None:
+        if plan.edges and self.engine.control is not None:
             pictures = self.engine.decode(stage_run.before, stage_run.stage.wrap)
             hint = edge_hint([np.asarray(picture) for picture in pictures], stage_run)
             stage_run.hint = hint.to(self.engine.components.device)

@@ -98,6 +98,10 @@ class Method(Settings):
         """
         return (Stage(size),)
 
+    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
+        """What is asked for and the stages that lead to latents of `size` do without, one sentence each."""
+        return ()
+
 
 @cache
 def owned_rows(cls: type[Method]) -> tuple[tuple[str, Setting], ...]:

@@ -1,12 +1,14 @@
 """Long canvases: no network input grows with them, whichever method draws them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import Blind, components
 from small_models import model as small_model
 from support import structures
 
-from lib_hires.canvas.accdiffusion import AccDiffusion
+from lib_hires.canvas.accdiffusion import AccDiffusion, AccDiffusionV2
 from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.canvas.method import CanvasMethod, StagedMethod
 from lib_hires.config import Common
@@ -114,3 +116,28 @@ def test_a_stage_that_is_bounded_costs_what_its_plan_says():
     result = Blind(components()).generate(job, stages=plan)
     assert [stage["unet_evaluations"] for stage in result.stages] == [5 * 9, 2 * 19]
     assert [stage.evaluations() for stage in plan] == [9, 19]
+
+
+@pytest.mark.parametrize("method", [AccDiffusion(), AccDiffusionV2()], ids=lambda method: method.name)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_picture_that_one_view_covers_is_given_the_whole_prompt_and_is_not_looked_at(method, wrap):
+    method = replace(method, wrap_x=wrap)
+    (stage,) = method.stages(small_model(32), (32, 32), Common(), started=True)
+    assert stage.canvas.window_prompts is None and stage.looks == ()
+    assert (stage.canvas.edges is None) == (not wrap or method.name == "accdiffusion")
+    (larger,) = method.stages(small_model(32), (64, 64), Common(), started=True)
+    assert larger.canvas.window_prompts and larger.looks
+
+
+def test_what_long_pictures_and_circles_do_without_is_said():
+    long, short = (32, 320), (64, 96)
+    assert DemoFusion().left_out(small_model(32), short) == AccDiffusion().left_out(small_model(32), short) == ()
+    (grids,) = DemoFusion().left_out(small_model(32), long)
+    assert "dilated sampling is left out" in grids
+    assert DemoFusion(dilated_sampling=False).left_out(small_model(32), long) == ()
+    assert AccDiffusion().left_out(small_model(32), long)[0] == grids and len(AccDiffusion().left_out(small_model(32), long)) == 2
+    assert AccDiffusion(word_share=0.0).left_out(small_model(32), long) == (grids,)
+    (circle,) = AccDiffusion(wrap_x=True).left_out(small_model(32), short)
+    assert "edges meet" in circle
+    for settings, started in (({"word_share": 0.0}, False), ({}, True)):
+        assert AccDiffusion(wrap_x=True, **settings).left_out(small_model(32), short, started) == ()

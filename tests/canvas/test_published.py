@@ -6,7 +6,7 @@ from small_models import model
 from lib_hires.canvas.accdiffusion import AccDiffusion, AccDiffusionV2
 from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.canvas.method import STRENGTH
-from lib_hires.config import Common, SettingError
+from lib_hires.config import Common
 from lib_hires.plan.tiling import BY_CHANNEL, BY_POSITION, MEAN, MEAN_AND_STD, MIRROR, ZEROS
 from lib_hires.request import Request
 
@@ -36,11 +36,10 @@ def test_an_interaction_that_was_set_stays_as_it_was_set(published):
         assert last(method).canvas.dilated.shuffle == interaction
 
 
-def test_published_stages_run_in_full_and_refuse_another_strength():
-    assert last(DemoFusion(published=True, stage_strength=1.0)).strength == 1.0
-    assert last(DemoFusion(stage_strength=0.7)).strength == 0.7
-    with pytest.raises(SettingError, match=r"'stage_strength' is 0\.7, must be 1, or left alone, where 'published' is true"):
-        DemoFusion(published=True, stage_strength=0.7)
+@pytest.mark.parametrize("strength", [0.6, 0.7, 1.0])
+def test_a_strength_that_was_set_acts_as_published_too(strength):
+    assert last(DemoFusion(published=True, stage_strength=strength)).strength == strength
+    assert last(DemoFusion(stage_strength=strength)).strength == strength
 
 
 def test_an_interaction_that_a_picture_tells_is_kept():

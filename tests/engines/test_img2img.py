@@ -155,6 +155,17 @@ def test_stopped_while_it_is_noise_it_gives_the_picture_back(components, picture
     assert torch.equal(found, engine.encode(picture, (8, 12)).cpu()) == starts_over
 
 
+def test_stopped_before_it_is_looked_at_it_is_not_looked_at(components, picture):
+    job = Job("a red star", width=96, height=64, init=picture, steps=4, seed=5, denoise=1.0)
+    request = Request.from_dict({"method": "accdiffusion", "native_size": 48})
+    session = session_for(components, request, job)
+    stages = stages_of(components, request, job, session)
+    assert stages[0].given().looks
+    result = Engine(components).generate(job, session, stages=stages, stopped=lambda: True)
+    assert result.stages[0]["unet_evaluations"] == stages[0].evaluations()
+    assert result.interrupted.startswith("stage 1 of 1, call 1")
+
+
 def test_encoding_in_tiles_is_encoding(components, picture):
     whole = Engine(components).encode(picture, (40, 56))
     limited = Engine(components, decode_bytes=48 * 2**20)

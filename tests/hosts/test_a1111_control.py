@@ -1,5 +1,6 @@
 """ControlNet's hints on a canvas, against a stand-in for the extension's hook; docs/hosts.md has what was run on the real one."""
 
+from dataclasses import replace
 from enum import Enum
 from types import SimpleNamespace
 
@@ -230,6 +231,14 @@ def test_before_there_are_edges_the_unit_acts_with_its_own_picture_if_there_is_a
         hints.whole()
         assert param.guidance_stopped is is_blank
     assert not param.guidance_stopped
+
+
+@pytest.mark.parametrize("is_blank", [True, False])
+def test_in_the_views_of_a_first_stage_the_unit_acts_as_it_is_set_too(is_blank):
+    param = Param(torch.zeros(1, 3, 128, 192) if is_blank else places(), "canny", weight=2.0)
+    with Hints(job(param), stage(replace(V2, edges=None)), sampler(7), takes_edges=True) as hints:
+        hints.show([local((8, 8))], [0])
+        assert param.guidance_stopped is is_blank and param.weight == 2.0
 
 
 def test_edges_are_found_on_the_enlarged_picture(monkeypatch):

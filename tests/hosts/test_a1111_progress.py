@@ -17,13 +17,13 @@ def request(method="demofusion", **settings):
     return Request.from_dict({"method": method, "native_size": 64, **settings})
 
 
-def process(host, adapter, asked, *, name="Euler", n_iter=1, steps=6, hires=False, begins=True, cells=1,
+def process(host, adapter, asked, *, name="Euler", hr_name=None, n_iter=1, steps=6, hires=False, begins=True, cells=1,
             after=lambda: None):
     """What the host does with a job: batches, a hires pass in each if there is one, and its counts of them."""
     state, more = host.shared.state, {}
     if hires:
         more = {"enable_hr": True, "height": 128, "width": 128, "hr_upscale_to_y": 192, "hr_upscale_to_x": 192,
-                "truncate_x": 0, "truncate_y": 0, "hr_second_pass_steps": 4}
+                "truncate_x": 0, "truncate_y": 0, "hr_second_pass_steps": 4, "sampler_name": name, "hr_sampler_name": hr_name}
     if begins:
         state.job_no, state.job_count, state.sampling_step = 0, cells * n_iter * (2 if hires else 1), 0
     p = job(adapter, LoopSampler(host, name), asked, **staged(host, n_iter=n_iter, steps=steps, **more))
@@ -35,7 +35,7 @@ def process(host, adapter, asked, *, name="Euler", n_iter=1, steps=6, hires=Fals
         adapter.before_sampling(p, torch.zeros(2, 4, *SIZE))
         p.sampler.sample(p, torch.randn(2, 4, *SIZE), None, None, image_conditioning=None)
         if hires and not state.interrupted:
-            p.is_hr_pass, p.sampler = True, LoopSampler(host, name)
+            p.is_hr_pass, p.sampler = True, LoopSampler(host, hr_name or name)
             state.nextjob()
             x = torch.randn(2, 4, *LARGER)
             adapter.before_sampling(p, x)
@@ -83,6 +83,15 @@ def test_passes_that_are_left_alone_have_their_part_of_the_bar(host, passes):
     seen = watched(host)
     process(host, A1111(), request(passes=passes), hires=True, n_iter=2)
     assert_true(host, seen)
+
+
+def test_a_sampler_of_its_own_has_the_hires_pass_its_part_by(host):
+    seen = watched(host)
+    process(host, A1111(), request(stage_strength=0.5), hires=True, hr_name="Heun")
+    whole = sum(each.x.numel() for each in host.shared.sd_model.seen)
+    assert len(seen) == 6 + 3 + 7  # Heun's last step is one call; the host counts two
+    shown, before, _ = seen[6 + 3]
+    assert shown == pytest.approx(before / whole, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "Heun"])

@@ -129,8 +129,7 @@ class Hints:
         for number, param in enumerate(self._params):
             if (number, "hint") in self._full:
                 self._put(number, param, [None], ())
-        if self._taken is not None and (self.run.hint is not None or not bool(self._taken.hint_cond.any())):
-            self._taken.guidance_stopped = True
+        self._as_set()
 
     def show(self, tiles: Sequence[Tile], images: Sequence[int]) -> None:
         """The next call is one for tiles of one kind. images: of each row of one tile."""
@@ -140,8 +139,15 @@ class Hints:
         for number, param in enumerate(self._params):
             if (number, "hint") in self._full:
                 self._put(number, param, tiles, images[:1] if alone else images)
-        if self._taken is not None:
+        if self.run.stage.canvas.edges is None:
+            self._as_set()
+        elif self._taken is not None:
             self._weigh(tiles[0])
+
+    def _as_set(self) -> None:
+        """The unit whose edges are taken acts by its own settings, but not by a black picture, and not where it has edges."""
+        if self._taken is not None and (self.run.hint is not None or not bool(self._taken.hint_cond.any())):
+            self._taken.guidance_stopped = True
 
     def _forget_rows(self, rows: int) -> None:
         """A reference's latents are repeated for the rows of a call and kept: another number needs them anew."""

@@ -49,8 +49,19 @@ def works(p: Any, request: Request, size: Size, model_of: Callable[[], Model]) -
         return []
     if getattr(p, "firstpass_image", None) is not None:
         stages[0] = ()
-    calls = [calls_of(p, p.sampler, each, bool(number), passes[number][1]) for number, each in enumerate(stages)]
+    samplers = (p.sampler, _hires_sampler(p) if len(passes) > 1 else None)
+    calls = [calls_of(p, samplers[number], each, bool(number), passes[number][1]) for number, each in enumerate(stages)]
     return [[work_of(*pair) for pair in zip(*pairs)] for pairs in zip(stages, calls)]
+
+
+def _hires_sampler(p: Any) -> Any:
+    """The sampler of the hires pass, which the host has not made yet where it is another."""
+    name = getattr(p, "hr_sampler_name", None)
+    if not name or name == p.sampler_name:
+        return p.sampler
+    from modules import sd_samplers, shared
+
+    return sd_samplers.create_sampler(name, shared.sd_model)
 
 
 def _stages(p: Any, request: Request, model: Model, size: Size, hires: bool) -> Sequence[Stage]:

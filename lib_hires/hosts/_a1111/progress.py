@@ -63,7 +63,7 @@ class Progress:
 
         host, self._host = self._host, None
         job_no, job_count = self._written
-        if host is not None and shared.state.job_count == job_count:  # else the host has begun something else
+        if host is not None and shared.state.job_count is job_count:  # else the host has begun something else
             shared.state.job_no, shared.state.job_count = host[0] + round(shared.state.job_no - job_no), host[1]
 
     def lengthen(self, steps: int, each: int) -> None:
