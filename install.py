@@ -23,9 +23,11 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 HOST_PACKAGES = {"einops": "einops", "numpy": "numpy", "cv2": "opencv-python-headless"}
 # These pin old versions of everything in their metadata but run with current ones: installed without dependencies.
 TEST_PACKAGES_ALONE = ["stable-diffusion-sdkit==2.1.5", "k-diffusion==0.1.1.post1", "hidiffusion==0.1.10"]
+# One process a core; a WebUI that tests are run against is there once.
+WORKERS = "0" if os.environ.get("SDWEBUI_DIR") else "auto"
 COMMANDS = {
     "--demo": ("standalone", ["-m", "benchmarks.demo"]),
-    "--test": ("standalone,test", ["-m", "pytest"]),
+    "--test": ("standalone,test", ["-m", "pytest", "-n", WORKERS]),
     "--bench": ("standalone,test", ["-m", "benchmarks.speed"]),
     "--bench-canvas": ("standalone,test", ["-m", "benchmarks.canvas"]),
     "--bench-quality": ("standalone,test", ["-m", "benchmarks.quality"]),
