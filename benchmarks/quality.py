@@ -9,6 +9,7 @@ its parts in their places). Rows are kept: a stopped run goes on, a later one ad
     python -m benchmarks.quality --quick                      about ten minutes on a CPU
     python -m benchmarks.quality --seeds 64 --scales 1.5 2 3 4 --aspects 1:1 2:3 3:2 1:3 --device cuda
     python -m benchmarks.quality --ablations --scales 2
+    python -m benchmarks.quality --denoise 0.6 --scales 2     from the native picture, enlarged, as a hires pass does
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in variants]
     if unknown:
         raise SystemExit(f"Hires Lab: '--methods' is '{unknown[0]}', must be among: {', '.join(variants)}.")
-    bench = Bench(options.checkpoint, options.device, options.out)
+    bench = Bench(options.checkpoint, options.device, options.out, options.denoise)
     cells = [(scale, aspect) for aspect in options.aspects for scale in options.scales]
     seeds = range(options.first_seed, options.first_seed + count)
     settings = {name: variants[name] for name in chosen}
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.sheets(cells, seeds, settings)
     folder, options.out = options.out, options.out / "quality.json"
     text = f"{_head(report)}\n\n{table(report['cells'])}"
-    options.section = "ablations" if options.ablations else "quality"
+    options.section = "ablations" if options.ablations else "refining" if options.denoise else "quality"
     drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.commit] else {}
     finish(options, command_of("benchmarks.quality", arguments), {**bench.about, **drawn}, report, text)
     print(f"\nRows, tables, pictures and a contact sheet for each cell are in {folder}/")
@@ -118,15 +119,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--aspects", nargs="+", default=["1:1"], help="width:height")
     parser.add_argument("--methods", nargs="+", help="names from the table; default: all")
     parser.add_argument("--ablations", action="store_true", help="parts of the methods instead of the methods")
+    parser.add_argument(
+        "--denoise", type=float, help="start from the native picture, enlarged, and run this share of the steps"
+    )
     parser.add_argument("--quick", action="store_true", help="six scenes, 2x, square, five methods")
     add_options(parser, "out/quality", "quality.md", "quality")
     return parser
 
 
 class Bench:
-    """Draws and measures; keeps a row for each picture in `out`/rows.jsonl."""
+    """Draws and measures; keeps a row for each picture in `out`/rows.jsonl.
 
-    def __init__(self, checkpoint: str | None, device: str, out: Path):
+    denoise: the share of the steps that pictures run from the native one of their scene; None where they start from noise.
+    """
+
+    def __init__(self, checkpoint: str | None, device: str, out: Path, denoise: float | None = None):
+        self.denoise = denoise
         self.runner = Runner(quiet=True)
         self.first = {**JOB_DEFAULTS, "checkpoint": checkpoint, "device": device}
         self.components = self.runner.load(self.first)
@@ -143,16 +151,19 @@ class Bench:
 
     def draw(self, seed: int, scale: float, aspect: str, variants: dict[str, dict]) -> None:
         """The scene of a seed: rendered, drawn at its native size and by each variant; what has a row is not drawn again."""
-        scene, native = scene_of(seed, ratio_of(aspect)), None
+        scene, native, start = scene_of(seed, ratio_of(aspect)), None, {}
         for name, times, size, settings in self._jobs(scale, aspect, variants):
             key = self._key(name, times, aspect, seed, settings)
             path = self._path(key)
+            if name == NATIVE and self.denoise is not None:
+                start = {"init_image": str(path), "denoise": self.denoise}
             if key in self.rows and path.exists():
                 native = np.asarray(Image.open(path)) if name == NATIVE else native
                 continue
             shown = scenes.of_caption(scene.caption, np.random.default_rng([3, seed])) if name == OTHER else scene
             truth = scenes.render(replace(shown, radius=scene.radius), size)
-            picture, spent = (truth, {}) if settings is None else self._drawn(scene.caption, seed, size, settings)
+            asked = {"prompt": scene.caption, "seed": seed, **({} if name == NATIVE else start)}
+            picture, spent = (truth, {}) if settings is None else self._drawn(asked, size, settings)
             Image.fromarray(picture).save(path)
             native = picture if name == NATIVE else native
             measured = self._measured(picture, scene, times, native if settings else None)
@@ -169,8 +180,8 @@ class Bench:
         jobs.append((NATIVE, 1.0, small, METHODS[PLAIN]))
         return jobs + [(name, scale, large, settings) for name, settings in variants.items()]
 
-    def _drawn(self, caption: str, seed: int, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
-        job = {**self.first, "prompt": caption, "seed": seed, "steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+    def _drawn(self, asked: dict, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
+        job = {**self.first, **asked, "steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
         prepared = Prepared.of(self.components, job, settings, *size)
         started = time.perf_counter()
         result = prepared.picture()
@@ -204,6 +215,8 @@ class Bench:
         # A default that changes draws anew, but not what an automatic value means.
         whole = None if settings is None else Request.from_dict(settings).to_dict()
         told = "" if whole is None else json.dumps(whole, sort_keys=True)
+        if whole is not None and name != NATIVE and self.denoise is not None:
+            told += f" from native {self.denoise:g}"
         return f"{self.circumstances} | {name} {scale:g} {aspect} {seed} | {STEPS} {CFG} {SAMPLER} {told}"
 
     def _path(self, key: str) -> Path:

@@ -37,6 +37,15 @@ def test_every_scene_has_a_row_of_each_kind_and_is_not_drawn_again(bench, monkey
     bench.file.write_text(whole)
 
 
+def test_pictures_may_start_from_the_native_one_of_their_scene(bench):
+    refining = quality.Bench(None, "cpu", bench.out, denoise=0.25)
+    refining.draw(FIRST, 2.0, "1:1", {"plain": quality.METHODS["plain"]})
+    (key,) = refining.rows.keys() - bench.rows.keys()
+    row = refining.rows[key]
+    assert (row["method"], row["evaluations"], row["width"]) == ("plain", 5, 512)
+    assert row["drift"] < 3 and row["subjects"] == 1
+
+
 def test_true_renders_are_right(cells):
     for scale in (1.0, 2.0):
         cell = cells[quality.RENDER, scale]
