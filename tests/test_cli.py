@@ -129,6 +129,14 @@ def test_a_dry_run_ends_with_what_it_will_take(out, capsys):
     assert re.fullmatch(f"estimated: {number} s in the network, {kinds}, beside the weights.", cost)
 
 
+def test_what_a_long_picture_does_without_is_said(out, capsys):
+    long = ["--width", "640", "--height", "64"]
+    run([*DRAW, *STAGED, *long, "--out", str(out), "--dry-run"])
+    assert "dilated sampling is left out" in capsys.readouterr().out
+    run([*DRAW, *STAGED, *BIG_ENOUGH, "--out", str(out), "--dry-run"])
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["planned", "drawn"])
 def test_a_dry_run_refuses_the_samplers_that_drawing_refuses(dry, out):
     with pytest.raises(SettingError, match=r"'sampler' is 'unipc'.*skip_residual"):

@@ -232,3 +232,10 @@ def test_after_the_first_stage_the_seconds_to_go_are_said(host, capsys, monkeypa
     said = lines(capsys)
     evaluations = int(re.search(r"(\d+) UNet", said[0])[1])
     assert said[1:] == [f"Hires Lab: about {2 * (evaluations - 6):.0f} s to go in this pass."]
+
+
+def test_what_a_long_picture_does_without_is_said_below_it(host):
+    for size, said in (((8, 80), True), ((16, 24), False)):
+        p = job(A1111(), LoopSampler(host), request(stage_strength=0.5), size=size, **staged(host, steps=3))
+        p.sampler.sample(p, torch.randn(2, 4, *size), None, None, image_conditioning=None)
+        assert any("too long for the network" in text for text in p.comments) is said
