@@ -1,5 +1,6 @@
 """`python -m lib_hires`: see lib_hires/cli.py."""
 
+import os
 import sys
 
 
@@ -23,6 +24,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:  # who reads the output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         from .cli import INTERRUPTED
 

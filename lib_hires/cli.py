@@ -9,17 +9,20 @@ python -m lib_hires methods [--json | --markdown]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .config.codecs import format_value, from_argv, table
 from .config.common import Common
-from .config.errors import HiresError, SettingError, UnknownSetting
+from .config.errors import PREFIX, HiresError, SettingError, UnknownSetting
 from .config.settings import Settings, schema
 from .methods import NONE, methods
 from .plan.method import Method, owned_rows, owners
@@ -93,21 +96,26 @@ def generate(options: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(options).items() if name in JOB_DEFAULTS}
     runner = Runner(quiet=options.quiet)
-    jobs = [complete(given, job) for job in read_jobs(options.jobs)] if options.jobs else [complete(given, {})]
+    lines = read_jobs(options.jobs) if options.jobs else [{}]
+    jobs = []
+    for number, line in enumerate(lines, start=1):
+        with _naming_the_job(number, len(lines)):
+            jobs.append(complete(given, line))
     if options.dry_run:
         made: set[Path] = set()
-        for job in jobs:
+        for number, job in enumerate(jobs, start=1):
             start = Path(job["init_image"]).absolute() if job["init_image"] else None
             if start in made and not start.exists():
                 print(f"'{job['init_image']}' is drawn by an earlier job: plan this one when it is there.")
             else:
-                print("\n".join(runner.plan(job)))
+                with _naming_the_job(number, len(jobs)):
+                    print("\n".join(runner.plan(job)))
             made.update(_files_of(job, "out"))
         return 0
     _check_outputs(jobs)
     interrupt = Interrupt()
     for number, job in enumerate(jobs, start=1):
-        with interrupt:
+        with _naming_the_job(number, len(jobs)), interrupt:
             report = runner.draw(job, stopped=interrupt)
         print(
             f"[{number}/{len(jobs)}] " + ", ".join(report["files"]) + f": {report['seconds']:.1f} s, "
@@ -116,8 +124,24 @@ def generate(options: argparse.Namespace) -> int:
         for note in report["notes"]:
             print("  " + note)
         if interrupt():
+            left = len(jobs) - number
+            print(
+                f"Hires Lab: stopped, {left} of {len(jobs)} jobs are left." if left else "Hires Lab: stopped.",
+                file=sys.stderr,
+            )
             return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def _naming_the_job(number: int, count: int) -> Iterator[None]:
+    """An error that is meant for the user says which of several jobs it is about."""
+    try:
+        yield
+    except HiresError as error:
+        if count > 1:
+            error.args = (f"{PREFIX}job {number} of {count}: {str(error).removeprefix(PREFIX)}",)
+        raise
 
 
 class Interrupt:

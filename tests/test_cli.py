@@ -129,6 +129,18 @@ def test_a_dry_run_ends_with_what_it_will_take(out, capsys):
     assert re.fullmatch(f"estimated: {number} s in the network, {kinds}, beside the weights.", cost)
 
 
+@pytest.mark.parametrize(("line", "error"), [({"width": 44}, SettingError), ({"promt": "a"}, UnknownSetting)])
+def test_an_error_in_a_jobs_file_says_which_job_it_is_about(tmp_path, line, error):
+    file = tmp_path / "jobs.jsonl"
+    jobs = [{"prompt": "a", "out": str(tmp_path / f"{number}.png"), "width": 64, "height": 64} for number in (1, 2)]
+    file.write_text("\n".join(map(json.dumps, [jobs[0], jobs[1] | line])))
+    with pytest.raises(error, match=r"^Hires Lab: job 2 of 2: '"):
+        run(["generate", "--jobs", str(file), "--dry-run"])
+    with pytest.raises(error, match=r"^Hires Lab: '"):
+        run(["generate", *(f"--{name}={value}" for name, value in (jobs[1] | {"width": 44}).items()), "--dry-run"]
+            if error is SettingError else ["generate", "--set", "promt=a", "--prompt", "a", "--out", "x.png", "--dry-run"])
+
+
 def test_what_a_long_picture_does_without_is_said(out, capsys):
     long = ["--width", "640", "--height", "64"]
     run([*DRAW, *STAGED, *long, "--out", str(out), "--dry-run"])

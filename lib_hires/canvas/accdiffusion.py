@@ -83,12 +83,11 @@ class AccDiffusion(StagedMethod):
     def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
         """The words of a long panorama; edges that meet in a first stage."""
         left = super().left_out(model, size, started)
-        if not self.word_share:
-            return left
-        if self.is_long(model, size):
+        stages = self.stages(model, size, Common(), started)
+        if self.word_share and self.is_long(model, size) and (started or len(stages) > 1):
             return (*left, NO_WORDS)
-        is_staged = len(self.stages(model, size, Common(), started)) > 1
-        return (*left, NO_CIRCLE) if is_staged and (self.wrap_x or self.wrap_y) else left
+        is_plain_first = len(stages) > 1 and stages[0].canvas is None
+        return (*left, NO_CIRCLE) if is_plain_first and (self.wrap_x or self.wrap_y) else left
 
     def view_options(self) -> dict[str, Any]:
         """Views keep their places for a stage, since their prompts belong to these places."""

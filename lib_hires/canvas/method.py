@@ -32,6 +32,7 @@ from ..plan.tiling import (
 AS_FITS = "auto"
 PLAIN, WINDOWS, RAUNET, SHRINK = "none", "window attention", "HiDiffusion", "Deep Shrink"
 NO_GRIDS = "dilated sampling is left out: this picture is too long for the network to see it as a whole, so subjects may repeat."
+NO_STAGES = "there are no stages: this picture is too short on one side for them. It is drawn through views, as by MultiDiffusion."
 LEAST_RATIO = 1.05
 """Below this scale over the native size there is no second stage."""
 STRENGTH = 0.4
@@ -188,10 +189,11 @@ class StagedMethod(CanvasMethod):
                 plan = replace(plan, edges=None)
             return plan
 
+        published = self._published_stages(model, size, native) if self.published else ()
         if started:
             return (Stage(size, ratio, canvas=later(size, ratio)).given(),)
-        if self.published:
-            return self._published_stages(model, size, native)
+        if published:
+            return published
         if ratio < LEAST_RATIO:
             return (Stage(size, canvas=self.first_canvas(model, size)),)
         result = []
@@ -202,13 +204,22 @@ class StagedMethod(CanvasMethod):
         return (Stage(first, canvas=None if gathers else self.first_canvas(model, first)), *result)
 
     def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
-        """Dilated sampling of a long panorama."""
-        return (NO_GRIDS,) if self.dilated_sampling and self.is_long(model, size) else ()
+        """Stages or dilated sampling of a long panorama."""
+        stages = self.stages(model, size, Common(), started)
+        if not self.is_long(model, size):
+            return ()
+        if len(stages) == 1 and not started:
+            return (NO_STAGES,)
+        return (NO_GRIDS,) if self.dilated_sampling else ()
 
     def is_long(self, model: Model, size: Size) -> bool:
         """Whether even the first stage of a picture of `size` is too large for the network to be drawn at once."""
         native = model.native // LATENT_FACTOR
-        return not self.published and is_too_large(first_size(size, native)[0], native)
+        return not self.published and is_too_large(first_size(size, native)[0], self.largest(model))
+
+    def largest(self, model: Model) -> int:
+        """Side in latents of what the network may be asked for at once: the native size, or larger views."""
+        return max(model.native, self.view_size) // LATENT_FACTOR
 
     @property
     def strength(self) -> float:
@@ -221,7 +232,7 @@ class StagedMethod(CanvasMethod):
         Where edges meet one view as large as the stage, which is turned.
         """
         local = self.local(model)
-        if not is_too_large(size, model.native // LATENT_FACTOR):
+        if not is_too_large(size, self.largest(model)):
             if not any(local.wrap):
                 return None
             local = Local(size, size, wrap=local.wrap)
@@ -244,7 +255,7 @@ class StagedMethod(CanvasMethod):
         """The grids of a stage; None where each would be too large for the network, or all there is."""
         native = model.native // LATENT_FACTOR
         found = Dilated(whole_factor(scale, size, native), self.filter_sigma, self.shuffle)
-        is_fitting = found.dilation > 1 and not is_too_large(found.grid_size(size), native)
+        is_fitting = found.dilation > 1 and not is_too_large(found.grid_size(size), self.largest(model))
         return found if self.dilated_sampling and is_fitting else None
 
     def view_options(self) -> dict:

@@ -1,11 +1,13 @@
 """The errors a person reads: each names the setting, its value, what is allowed and what to do."""
 
+PREFIX = "Hires Lab: "
+
 
 class HiresError(Exception):
     """Base of every error that Hires Lab raises on purpose; its text is meant for the user."""
 
     def __init__(self, message: str):
-        super().__init__(message if message.startswith("Hires Lab: ") else f"Hires Lab: {message}")
+        super().__init__(message if message.startswith(PREFIX) else f"{PREFIX}{message}")
 
 
 class SettingError(HiresError, ValueError):

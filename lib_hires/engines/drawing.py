@@ -28,9 +28,7 @@ from .staged import CanvasDenoiser, encode_windows
 NO_CONTROL = (
     f"the edges of {AccDiffusionV2.title} are left out (this is v1): no ControlNet is loaded. Add --controlnet FOLDER."
 )
-UNUSED_CONTROL = (
-    f"the ControlNet has no effect: nothing here asks for edges. {AccDiffusionV2.title} does, above the native size."
-)
+UNUSED_CONTROL = f"the ControlNet has no effect: no stage here asks for edges, as those of {AccDiffusionV2.title} do."
 
 
 def started_canvases(job: Job, stages: Sequence[Stage]) -> list[CanvasPlan]:

@@ -130,14 +130,21 @@ def test_a_picture_that_one_view_covers_is_given_the_whole_prompt_and_is_not_loo
 
 
 def test_what_long_pictures_and_circles_do_without_is_said():
-    long, short = (32, 320), (64, 96)
-    assert DemoFusion().left_out(small_model(32), short) == AccDiffusion().left_out(small_model(32), short) == ()
-    (grids,) = DemoFusion().left_out(small_model(32), long)
+    long, short, flat = (64, 640), (64, 96), (16, 224)
+    native = small_model(32)
+    assert DemoFusion().left_out(native, short) == AccDiffusion().left_out(native, short) == ()
+    (grids,) = DemoFusion().left_out(native, long)
     assert "dilated sampling is left out" in grids
-    assert DemoFusion(dilated_sampling=False).left_out(small_model(32), long) == ()
-    assert AccDiffusion().left_out(small_model(32), long)[0] == grids and len(AccDiffusion().left_out(small_model(32), long)) == 2
-    assert AccDiffusion(word_share=0.0).left_out(small_model(32), long) == (grids,)
-    (circle,) = AccDiffusion(wrap_x=True).left_out(small_model(32), short)
+    assert DemoFusion(dilated_sampling=False).left_out(native, long) == ()
+    assert DemoFusion(view_size=1280).left_out(native, long) == ()
+    assert DemoFusion(view_size=1280).stages(native, long, Common())[-1].canvas.dilated
+    first, words = AccDiffusion().left_out(native, long)
+    assert first == grids and "words are not looked for" in words
+    assert AccDiffusion(word_share=0.0).left_out(native, long) == (grids,)
+    for method in (DemoFusion(), AccDiffusion()):
+        (alone,) = method.left_out(native, flat)
+        assert "no stages" in alone and len(stages(method, native, flat)) == 1
+    (circle,) = AccDiffusion(wrap_x=True).left_out(native, short)
     assert "edges meet" in circle
-    for settings, started in (({"word_share": 0.0}, False), ({}, True)):
-        assert AccDiffusion(wrap_x=True, **settings).left_out(small_model(32), short, started) == ()
+    for settings, started in (({"word_share": 0.0}, False), ({}, True), ({"view_size": 1024}, False)):
+        assert AccDiffusion(wrap_x=True, **settings).left_out(native, short, started) == ()

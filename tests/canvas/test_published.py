@@ -6,7 +6,7 @@ from small_models import model
 from lib_hires.canvas.accdiffusion import AccDiffusion, AccDiffusionV2
 from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.canvas.method import STRENGTH
-from lib_hires.config import Common
+from lib_hires.config import Common, SettingError
 from lib_hires.plan.tiling import BY_CHANNEL, BY_POSITION, MEAN, MEAN_AND_STD, MIRROR, ZEROS
 from lib_hires.request import Request
 
@@ -40,6 +40,12 @@ def test_an_interaction_that_was_set_stays_as_it_was_set(published):
 def test_a_strength_that_was_set_acts_as_published_too(strength):
     assert last(DemoFusion(published=True, stage_strength=strength)).strength == strength
     assert last(DemoFusion(stage_strength=strength)).strength == strength
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_sizes_that_are_no_multiple_are_refused_in_img2img_too(started):
+    with pytest.raises(SettingError, match="whole multiples of 128"):
+        DemoFusion(published=True).stages(model(16), (40, 32), Common(), started)
 
 
 def test_an_interaction_that_a_picture_tells_is_kept():
