@@ -9,15 +9,15 @@ Sources: arXiv 2407.10738 (ECCV 2024), sections 3.2 and 3.3; v2: arXiv 2412.0209
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..config.common import Common
 from ..config.errors import SettingError
 from ..config.settings import AUTO, setting
 from ..plan.models import Model
 from ..plan.route import Size
-from ..plan.tiling import BY_CHANNEL, BY_POSITION, NO_SHUFFLE, CanvasPlan, Edges
+from ..plan.tiling import BY_CHANNEL, BY_POSITION, NO_SHUFFLE, CanvasPlan, Edges, Stage
 from .method import AS_FITS, StagedMethod
 
 NO_WORDS = "words are not looked for, every view has the whole prompt: this picture is too long to be seen as a whole."
@@ -80,11 +80,10 @@ class AccDiffusion(StagedMethod):
             guidance=0.0 if self.view_guidance == AUTO else self.view_guidance,
         )
 
-    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
+    def left_out(self, model: Model, stages: Sequence[Stage], started: bool = False) -> tuple[str, ...]:
         """The words of a long panorama; edges that meet in a first stage."""
-        left = super().left_out(model, size, started)
-        stages = self.stages(model, size, Common(), started)
-        if self.word_share and self.is_long(model, size) and (started or len(stages) > 1):
+        left = super().left_out(model, stages, started)
+        if self.word_share and self.is_long(model, stages[-1].size) and (started or len(stages) > 1):
             return (*left, NO_WORDS)
         is_plain_first = len(stages) > 1 and stages[0].canvas is None
         return (*left, NO_CIRCLE) if is_plain_first and (self.wrap_x or self.wrap_y) else left

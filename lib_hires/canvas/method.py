@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -99,6 +100,11 @@ class CanvasMethod(Method):
         """One sampling run with views on the whole canvas."""
         return (Stage(size, canvas=CanvasPlan(local=self.local(model), tile_batch=self.tile_batch)),)
 
+    def refuse_published_circles(self) -> None:
+        """Raises `SettingError` where edges are to meet as published: for methods that have `published`."""
+        if self.published and (self.wrap_x or self.wrap_y):
+            raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+
     def local(self, model: Model) -> Local:
         """The views. Raises `SettingError` where they leave gaps."""
         window = max(1, (self.view_size or model.native) // LATENT_FACTOR)
@@ -169,8 +175,7 @@ class StagedMethod(CanvasMethod):
 
     def validate(self) -> None:
         """The published choices know no circles."""
-        if self.published and (self.wrap_x or self.wrap_y):
-            raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+        self.refuse_published_circles()
         if self.published and self.anchor in (MEAN, NOTHING):
             raise SettingError("anchor", self.anchor, f"{AS_FITS!r} or {MEAN_AND_STD!r} where 'published' is true")
 
@@ -203,10 +208,9 @@ class StagedMethod(CanvasMethod):
         gathers = any(stage.canvas.window_prompts for stage in result)
         return (Stage(first, canvas=None if gathers else self.first_canvas(model, first)), *result)
 
-    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
+    def left_out(self, model: Model, stages: Sequence[Stage], started: bool = False) -> tuple[str, ...]:
         """Stages or dilated sampling of a long panorama."""
-        stages = self.stages(model, size, Common(), started)
-        if not self.is_long(model, size):
+        if not self.is_long(model, stages[-1].size):
             return ()
         if len(stages) == 1 and not started:
             return (NO_STAGES,)

@@ -46,8 +46,7 @@ class MixtureOfDiffusers(CanvasMethod):
 
     def validate(self) -> None:
         """The published views know no circles."""
-        if self.published and (self.wrap_x or self.wrap_y):
-            raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
+        self.refuse_published_circles()
 
     def stages(self, model: Model, size: Size, common: Common, started: bool = False) -> tuple[Stage, ...]:
         """One sampling run. Raises `SettingError` for sizes that the published views do not fill."""

@@ -124,7 +124,7 @@ class Runner:
         session = session_for(components, request, engine_job)
         stages = stages_of(components, request, engine_job, session)
         if session is not None:
-            session.notes += request.method.left_out(session.model, stages[-1].size, engine_job.started)
+            session.notes += request.method.left_out(session.model, stages, engine_job.started)
         engine = Engine(components, load_control(job.get("controlnet"), components), decode_bytes_of(job))
         engine.check(engine_job, stages)
         return Prepared(engine, request, engine_job, session, stages, engine.calls(engine_job, stages))

@@ -6,6 +6,7 @@ A method that changes the UNet is one file: a `Method` subclass with its setting
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -98,8 +99,8 @@ class Method(Settings):
         """
         return (Stage(size),)
 
-    def left_out(self, model: Model, size: Size, started: bool = False) -> tuple[str, ...]:
-        """What is asked for and the stages that lead to latents of `size` do without, one sentence each."""
+    def left_out(self, model: Model, stages: Sequence[Stage], started: bool = False) -> tuple[str, ...]:
+        """What is asked for and these stages (from `stages`) do without, one sentence each."""
         return ()
 
 

@@ -9,7 +9,6 @@ from support import structures, unets
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lib_hires.engines.components import BETAS, Components, tokenizers
-from lib_hires.engines.standalone import Engine
 from lib_hires.plan.models import FAMILIES, Model
 
 WIDTH = unets.CONTEXT // 2
@@ -18,13 +17,6 @@ WIDTH = unets.CONTEXT // 2
 def model(native_latents, family="sdxl"):
     """What planning knows of a model of this native size in latents."""
     return Model(structures.SDXL if family == "sdxl" else structures.SD1, FAMILIES[family], 8 * native_latents)
-
-
-class Blind(Engine):
-    """An engine that does not decode."""
-
-    def decode(self, latents, wrap=(False, False)):
-        return []
 
 
 def components(family="sdxl", in_channels=4, prediction="epsilon"):

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import Blind, components
+from small_models import components
 from small_models import model as small_model
+from support.engines import Blind
 from torch.nn import functional as F
 
 from lib_hires.canvas.accdiffusion import AccDiffusion

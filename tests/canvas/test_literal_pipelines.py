@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 from literal_pipelines import Pipeline, Published
-from small_models import Blind, components, model
+from small_models import components, model
+from support.engines import Blind
 
 from lib_hires.canvas.accdiffusion import AccDiffusion
 from lib_hires.canvas.demofusion import DemoFusion

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import Blind, components
+from small_models import components
 from small_models import model as small_model
 from support import structures
+from support.engines import Blind
 
 from lib_hires.canvas.accdiffusion import AccDiffusion, AccDiffusionV2
 from lib_hires.canvas.demofusion import DemoFusion
@@ -129,22 +130,27 @@ def test_a_picture_that_one_view_covers_is_given_the_whole_prompt_and_is_not_loo
     assert larger.canvas.window_prompts and larger.looks
 
 
+def left_out(method, size, started=False):
+    native = small_model(32)
+    return method.left_out(native, stages(method, native, size, started), started)
+
+
 def test_what_long_pictures_and_circles_do_without_is_said():
     long, short, flat = (64, 640), (64, 96), (16, 224)
     native = small_model(32)
-    assert DemoFusion().left_out(native, short) == AccDiffusion().left_out(native, short) == ()
-    (grids,) = DemoFusion().left_out(native, long)
+    assert left_out(DemoFusion(), short) == left_out(AccDiffusion(), short) == ()
+    (grids,) = left_out(DemoFusion(), long)
     assert "dilated sampling is left out" in grids
-    assert DemoFusion(dilated_sampling=False).left_out(native, long) == ()
-    assert DemoFusion(view_size=1280).left_out(native, long) == ()
+    assert left_out(DemoFusion(dilated_sampling=False), long) == ()
+    assert left_out(DemoFusion(view_size=1280), long) == ()
     assert DemoFusion(view_size=1280).stages(native, long, Common())[-1].canvas.dilated
-    first, words = AccDiffusion().left_out(native, long)
+    first, words = left_out(AccDiffusion(), long)
     assert first == grids and "words are not looked for" in words
-    assert AccDiffusion(word_share=0.0).left_out(native, long) == (grids,)
+    assert left_out(AccDiffusion(word_share=0.0), long) == (grids,)
     for method in (DemoFusion(), AccDiffusion()):
-        (alone,) = method.left_out(native, flat)
+        (alone,) = left_out(method, flat)
         assert "no stages" in alone and len(stages(method, native, flat)) == 1
-    (circle,) = AccDiffusion(wrap_x=True).left_out(native, short)
+    (circle,) = left_out(AccDiffusion(wrap_x=True), short)
     assert "edges meet" in circle
     for settings, started in (({"word_share": 0.0}, False), ({}, True), ({"view_size": 1024}, False)):
-        assert AccDiffusion(wrap_x=True, **settings).left_out(native, short, started) == ()
+        assert left_out(AccDiffusion(wrap_x=True, **settings), short, started) == ()

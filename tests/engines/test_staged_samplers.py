@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import structures
+from support.engines import Blind
 from torch.nn import functional as F
 
 from lib_hires.canvas.accdiffusion import AccDiffusion
@@ -14,7 +15,7 @@ from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.config import Common
 from lib_hires.engines import samplers
 from lib_hires.engines.drawing import Drawing
-from lib_hires.engines.standalone import Engine, Job
+from lib_hires.engines.standalone import Job
 from lib_hires.plan.models import FAMILIES, Model
 from lib_hires.stages.progressive import Progressive
 
@@ -23,13 +24,6 @@ DEMOFUSION = DemoFusion(stage_strength=0.7, max_step=1.5)
 ACCDIFFUSION = AccDiffusion(stage_strength=0.7, word_share=0.0)
 SIZE = (16, 12)
 JOB = Job("a red star", width=8 * SIZE[1], height=8 * SIZE[0], steps=6, cfg=3.0, seed=3, batch=2)
-
-
-class Blind(Engine):
-    """An engine that does not decode."""
-
-    def decode(self, latents, wrap=(False, False)):
-        return []
 
 
 class Seeing(torch.nn.Module):

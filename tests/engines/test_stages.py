@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from support import structures, unets
+from support import structures
+from support.engines import ATTENDED_BELOW, Blind, with_small_unet
 from torch.nn import functional as F
 
 from lib_hires.canvas.accdiffusion import AccDiffusion
@@ -19,7 +19,7 @@ from lib_hires.config import Common
 from lib_hires.config.errors import SettingError
 from lib_hires.engines import checkpoint, samplers
 from lib_hires.engines.denoiser import clean
-from lib_hires.engines.standalone import Engine, Job
+from lib_hires.engines.standalone import Job
 from lib_hires.plan.models import FAMILIES, Model
 from lib_hires.plan.tiling import CanvasPlan, Cosines, Stage
 from lib_hires.stages.progressive import StageRun
@@ -42,13 +42,6 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Blind(Engine):
-    """An engine that does not decode."""
-
-    def decode(self, latents, wrap=(False, False)):
-        return []
-
-
 class Network(torch.nn.Module):
     """A UNet in place of a real one: `change` of its input, and a note of what it was told."""
 
@@ -69,24 +62,14 @@ class Network(torch.nn.Module):
 def xl(tiny):
     """The tiny SDXL with a UNet that is smaller still."""
     parts = checkpoint.load(tiny("sdxl")[0])
-    with torch.random.fork_rng(devices=[]):
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32, 32),
-            norm_num_groups=8,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=parts.unet.config.cross_attention_dim,
-            attention_head_dim=2,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=parts.unet.config.addition_time_embed_dim,
-            projection_class_embeddings_input_dim=parts.unet.config.projection_class_embeddings_input_dim,
-        )
-    unets.randomise(unet)
-    return replace(parts, unet=unet.eval().requires_grad_(False))
+    return with_small_unet(
+        parts,
+        **ATTENDED_BELOW,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=parts.unet.config.addition_time_embed_dim,
+        projection_class_embeddings_input_dim=parts.unet.config.projection_class_embeddings_input_dim,
+    )
 
 
 @pytest.fixture

@@ -6,27 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from support import structures, unets
+from support import structures
+from support.engines import ATTENDED_AT_THE_TOP, Blind, with_small_unet
 
 from lib_hires.canvas.accdiffusion import AccDiffusion
 from lib_hires.canvas.demofusion import DemoFusion
 from lib_hires.canvas.multidiffusion import MultiDiffusion
 from lib_hires.config import Common
 from lib_hires.engines import prompts
-from lib_hires.engines.standalone import Engine, Job
+from lib_hires.engines.standalone import Job
 from lib_hires.plan.models import FAMILIES, Model
 
 SIZE, VIEWS, GRIDS = (16, 16), 9, 4
 WORDS = ("a red star", "a blue moon", "grass", "", "a house")
 JOB = Job("a red star over a blue moon", "blur", width=128, height=128, steps=2, cfg=1.0, seed=3, batch=2)
-
-
-class Blind(Engine):
-    """An engine that does not decode."""
-
-    def decode(self, latents, wrap=(False, False)):
-        return []
 
 
 class Network(torch.nn.Module):
@@ -144,20 +137,7 @@ def test_without_window_prompts_nothing_more_is_encoded(components):
 @pytest.fixture(scope="module")
 def small(components):
     """The bundled model's parts with a tiny UNet."""
-    with torch.random.fork_rng(devices=[]):
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32, 32),
-            norm_num_groups=8,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=components.unet.config.cross_attention_dim,
-            attention_head_dim=2,
-        )
-    unets.randomise(unet)
-    return replace(components, unet=unet.eval().requires_grad_(False))
+    return with_small_unet(components, **ATTENDED_AT_THE_TOP)
 
 
 def add_low_rank(unet, rank=2, strength=2.0):

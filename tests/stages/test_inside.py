@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from support import snapshots, unets
+from support import snapshots
+from support.engines import ATTENDED_AT_THE_TOP, Blind, with_small_unet
 
 from lib_hires import DeepShrink, HiDiffusion, Request
 from lib_hires.canvas.accdiffusion import AccDiffusion, AccDiffusionV2
@@ -18,7 +18,7 @@ from lib_hires.config.settings import schema
 from lib_hires.engines import checkpoint
 from lib_hires.engines.denoiser import NoSession
 from lib_hires.engines.runner import session_for, stages_of
-from lib_hires.engines.standalone import Engine, Job
+from lib_hires.engines.standalone import Job
 from lib_hires.stages.inside import unet_methods
 
 CANVAS = (MultiDiffusion, MixtureOfDiffusers, DemoFusion, AccDiffusion, AccDiffusionV2)
@@ -58,31 +58,10 @@ def test_a_method_that_changes_the_network_is_its_own_and_nothing_is_none(method
 # On the engine --------------------------------------------------------------------------------------------------------
 
 
-class Blind(Engine):
-    """An engine that does not decode."""
-
-    def decode(self, latents, wrap=(False, False)):
-        return []
-
-
 @pytest.fixture(scope="module")
 def parts():
     """The bundled model with a tiny UNet of three levels, attended at the top."""
-    components = checkpoint.load()
-    with torch.random.fork_rng(devices=[]):
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32, 32),
-            norm_num_groups=8,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=components.unet.config.cross_attention_dim,
-            attention_head_dim=2,
-        )
-    unets.randomise(unet)
-    return replace(components, unet=unet.eval().requires_grad_(False))
+    return with_small_unet(checkpoint.load(), **ATTENDED_AT_THE_TOP)
 
 
 @pytest.fixture(scope="module")

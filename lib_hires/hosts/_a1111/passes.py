@@ -64,7 +64,7 @@ class Pass:
         self.told = self.bound.arguments
         size = tuple(self.told["x"].shape[-2:])
         self.stages = request.method.stages(model, size, request.common, started=self.is_started)
-        for text in request.method.left_out(model, size, self.is_started):
+        for text in request.method.left_out(model, self.stages, self.is_started):
             self.note(text)
         self._refuse()
         later = self.stages if self.is_started else self.stages[1:]
