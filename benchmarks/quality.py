@@ -3,11 +3,14 @@
     caption, seed -> native picture, plain picture, each method's picture -> measures -> one row a picture (rows.jsonl)
     rows -> one line a cell (quality.md, quality.json), one contact sheet a cell
 
+On a CPU `--processes` draws as many scenes at a time, with one thread each: small networks gain little from more.
+
 A picture is *right* when it shows exactly one subject of the asked kind, colour and look on the asked ground (a face: with
-its parts in their places). Rows are kept: a stopped run goes on, a later one adds to it.
+its parts in their places); *asked* asks for one subject, its kind and its colour only. Rows are kept: a stopped run goes on, a later one adds to it.
 
     python -m benchmarks.quality --quick                      about ten minutes on a CPU
     python -m benchmarks.quality --seeds 64 --scales 1.5 2 3 4 --aspects 1:1 2:3 3:2 1:3 --device cuda
+    python -m benchmarks.quality --methods native --seeds 256     the model alone
     python -m benchmarks.quality --ablations --scales 2
     python -m benchmarks.quality --denoise 0.6 --scales 2     from the native picture, enlarged, as a hires pass does
 """
@@ -18,9 +21,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +72,23 @@ ABLATIONS = {
     "DemoFusion, no filter": {"method": "demofusion", "filter_sigma": 0.0},
     "DemoFusion, anchor mean and std": {"method": "demofusion", "anchor": "mean and std"},
     "DemoFusion, no anchor": {"method": "demofusion", "anchor": "nothing"},
-    "DemoFusion, HiDiffusion inside": {"method": "demofusion", "inside": "HiDiffusion"},
+    "DemoFusion, windows inside": {"method": "demofusion", "inside": "window attention"},
     "AccDiffusion": {"method": "accdiffusion"},
     "AccDiffusion, no interaction": {"method": "accdiffusion", "interaction": "none"},
     "AccDiffusion, word share 0.5": {"method": "accdiffusion", "word_share": 0.5},
+    "AccDiffusion, whole prompt in every view": {"method": "accdiffusion", "word_share": 0.0},
     "HiDiffusion": {"method": "hidiffusion"},
     "HiDiffusion, RAU-Net only": {"method": "hidiffusion", "window_attention": False},
     "HiDiffusion, windows only": {"method": "hidiffusion", "raunet": False},
+    "HiDiffusion, windows do not move": {"method": "hidiffusion", "window_shift": False},
+    "HiDiffusion, strength 2": {"method": "hidiffusion", "strength": 2.0},
+    "HiDiffusion, no aggressive stage": {"method": "hidiffusion", "aggressive": "off"},
     "Deep Shrink": {"method": "deep_shrink"},
+    "Deep Shrink, windows": {"method": "deep_shrink", "window_attention": True},
+    "Deep Shrink, strength 2": {"method": "deep_shrink", "strength": 2.0},
+    "Deep Shrink, depths 2 and 3": {"method": "deep_shrink", "depth1": 2, "depth2": 3},
+    "Deep Shrink, depths 4 and 5": {"method": "deep_shrink", "depth1": 4, "depth2": 5},
+    "Deep Shrink, ends at once": {"method": "deep_shrink", "smooth_scaling": False},
 }
 SEEDS, QUICK_SEEDS = 64, 6
 STEPS, CFG, SAMPLER = 20, 4.0, "euler"
@@ -89,20 +104,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = ABLATIONS if options.ablations else METHODS
     chosen = options.methods or list(QUICK if options.quick and not options.ablations else variants)
     count = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
-    unknown = [name for name in chosen if name not in variants]
+    unknown = [name for name in chosen if name not in (*variants, NATIVE)]
     if unknown:
         raise SystemExit(f"Hires Lab: '--methods' is '{unknown[0]}', must be among: {', '.join(variants)}.")
-    bench = Bench(options.checkpoint, options.device, options.out, options.denoise)
+    if options.processes > 1:
+        torch.set_num_threads(1)
+    told = (options.checkpoint, options.device, options.out, options.denoise)
+    bench = Bench(*told)
     cells = [(scale, aspect) for aspect in options.aspects for scale in options.scales]
     seeds = range(options.first_seed, options.first_seed + count)
-    settings = {name: variants[name] for name in chosen}
-    for scale, aspect, seed in tqdm([(*cell, seed) for cell in cells for seed in seeds], unit="scene", desc="drawing"):
-        bench.draw(seed, scale, aspect, settings)
+    settings = {name: variants[name] for name in chosen if name != NATIVE}  # which every cell has
+    tasks = [(seed, options.scales, aspect, settings) for aspect in options.aspects for seed in seeds]
+    if options.tables:
+        tasks = []
+    if options.processes > 1:
+        bench.about["processes"] = options.processes
+        _draw_together(options.processes, told, tasks)
+        bench.gather()
+    else:
+        for task in tqdm(tasks, unit="scene", desc="drawing"):
+            bench.draw(*task)
     report = bench.report(cells, seeds, settings)
     bench.sheets(cells, seeds, settings)
     folder, options.out = options.out, options.out / "quality.json"
     text = f"{_head(report)}\n\n{table(report['cells'])}"
     options.section = "ablations" if options.ablations else "refining" if options.denoise else "quality"
+    if bench.components.family != "sd1":
+        options.section += f"-{bench.components.family}"
     drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.commit] else {}
     finish(options, command_of("benchmarks.quality", arguments), {**bench.about, **drawn}, report, text)
     print(f"\nRows, tables, pictures and a contact sheet for each cell are in {folder}/")
@@ -117,23 +145,56 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0])
     parser.add_argument("--aspects", nargs="+", default=["1:1"], help="width:height")
-    parser.add_argument("--methods", nargs="+", help="names from the table; default: all")
+    parser.add_argument("--methods", nargs="+", help="names from the table, or native for nothing more; default: all")
     parser.add_argument("--ablations", action="store_true", help="parts of the methods instead of the methods")
     parser.add_argument(
         "--denoise", type=float, help="start from the native picture, enlarged, and run this share of the steps"
     )
     parser.add_argument("--quick", action="store_true", help="six scenes, 2x, square, five methods")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="scenes drawn at a time, with one thread each (default 1)"
+    )
+    parser.add_argument("--tables", action="store_true", help="draw nothing more, write the tables of what there is")
     add_options(parser, "out/quality", "quality.md", "quality")
     return parser
+
+
+_bench: Bench | None = None
+"""Of a process that draws for another."""
+
+
+def _draw_together(processes: int, told: tuple, tasks: Sequence[tuple]) -> None:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_open, initargs=told) as pool:
+        running = [pool.submit(_draw, task) for task in tasks]
+        try:
+            for done in tqdm(as_completed(running), total=len(running), unit="scene", desc="drawing"):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _open(*told) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(*told, file=f"rows-{os.getpid()}.jsonl")
+
+
+def _draw(task: tuple) -> None:
+    _bench.draw(*task)
 
 
 class Bench:
     """Draws and measures; keeps a row for each picture in `out`/rows.jsonl.
 
+    file: another name for that, in a process that draws for another, which gathers what such processes kept.
     denoise: the share of the steps that pictures run from the native one of their scene; None where they start from noise.
     """
 
-    def __init__(self, checkpoint: str | None, device: str, out: Path, denoise: float | None = None):
+    def __init__(
+        self, checkpoint: str | None, device: str, out: Path, denoise: float | None = None, file: str = "rows.jsonl"
+    ):
         self.denoise = denoise
         self.runner = Runner(quiet=True)
         self.first = {**JOB_DEFAULTS, "checkpoint": checkpoint, "device": device}
@@ -146,11 +207,22 @@ class Bench:
         self.commit = self.about["commit"] + ("+" if self.about["changed"] else "")
         self.circumstances = f"{self.model} {file_digest(judge.WEIGHTS)} {self.about['device']} {self.about['dtype']}"
         (out / "pictures").mkdir(parents=True, exist_ok=True)
-        self.file = out / "rows.jsonl"
-        self.rows = {row["key"]: row for row in _read(self.file)}
+        self.file = out / file
+        self.rows = {row["key"]: row for path in sorted(out.glob("rows*.jsonl")) for row in _read(path)}
 
-    def draw(self, seed: int, scale: float, aspect: str, variants: dict[str, dict]) -> None:
+    def gather(self) -> None:
+        """Take over the rows that other processes kept in files of their own."""
+        for path in sorted(self.out.glob("rows-*.jsonl")):
+            for row in _read(path):
+                self._keep(row)
+            path.unlink()
+
+    def draw(self, seed: int, scales: Iterable[float], aspect: str, variants: dict[str, dict]) -> None:
         """The scene of a seed: rendered, drawn at its native size and by each variant; what has a row is not drawn again."""
+        for scale in scales:
+            self._draw_at(seed, scale, aspect, variants)
+
+    def _draw_at(self, seed: int, scale: float, aspect: str, variants: dict[str, dict]) -> None:
         scene, native, start = scene_of(seed, ratio_of(aspect)), None, {}
         for name, times, size, settings in self._jobs(scale, aspect, variants):
             key = self._key(name, times, aspect, seed, settings)
@@ -230,15 +302,23 @@ class Bench:
             file.write("\n" + json.dumps(row))  # the end of the line before, which may be cut off
 
     def report(self, cells: Iterable[tuple[float, str]], seeds: Iterable[int], variants: dict[str, dict]) -> dict:
-        """The cells of these scales and aspects over these seeds, and where they were measured."""
+        """The cells of these scales and aspects over these seeds, and where they were measured.
+
+        A cell's methods are compared over the scenes that all of them have drawn; one that has drawn none is left out.
+        """
         lines, commits = {}, set()
         for scale, aspect in cells:
             jobs = self._jobs(scale, aspect, variants)
             found = {(name, times): self._rows(name, times, aspect, seeds, told) for name, times, _, told in jobs}
+            found = {place: rows for place, rows in found.items() if rows}
+            shared = set.intersection(*(set(rows) for rows in found.values())) if found else set()
             for (name, times), rows in found.items():
-                commits |= {row["commit"] for row in rows}
-                if rows:
-                    lines[aspect, times, name] = cell_of(rows, found[RENDER, times])
+                same = [rows[seed] for seed in sorted(shared)]
+                commits |= {row["commit"] for row in same}
+                kept = lines.get((aspect, times, name), {"pictures": 0})
+                if len(same) > kept["pictures"]:  # the native size belongs to every scale's cell
+                    true = [found[RENDER, times][seed] for seed in sorted(shared)]
+                    lines[aspect, times, name] = cell_of(same, true)
         return {
             "model": self.model,
             "commits": sorted(commits),
@@ -247,9 +327,11 @@ class Bench:
             "cells": [lines[place] for place in sorted(lines, key=lambda place: place[:2])],
         }
 
-    def _rows(self, name: str, scale: float, aspect: str, seeds: Iterable[int], settings: dict | None) -> list[dict]:
-        keys = [self._key(name, scale, aspect, seed, settings) for seed in seeds]
-        return [self.rows[key] for key in keys if key in self.rows]
+    def _rows(
+        self, name: str, scale: float, aspect: str, seeds: Iterable[int], settings: dict | None
+    ) -> dict[int, dict]:
+        keys = {seed: self._key(name, scale, aspect, seed, settings) for seed in seeds}
+        return {seed: self.rows[key] for seed, key in keys.items() if key in self.rows}
 
     def sheets(self, cells: Iterable[tuple[float, str]], seeds: Iterable[int], variants: dict[str, dict]) -> None:
         """One contact sheet a cell: the native picture beside each variant's, a row for each of the first seeds."""
@@ -312,6 +394,7 @@ def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
     cell = {key: rows[0][key] for key in ("method", "scale", "aspect", "width", "height")}
     cell |= {"pictures": len(rows), "faces": len(faces)}
     cell |= {name: share([row[name] for row in rows]) for name in ("right", "kind", "colour", "look", "ground")}
+    cell["asked"] = share([row["subjects"] == 1 and row["kind"] and row["colour"] for row in rows])
     cell["one"] = share([row["subjects"] == 1 for row in rows])
     cell["repeated"] = share([row["subjects"] > 1 for row in rows])
     cell["none"] = share([row["subjects"] == 0 for row in rows])
@@ -338,11 +421,13 @@ def _distance(rows: Sequence[dict], true: Sequence[dict], name: str) -> float | 
 def table(cells: Sequence[dict]) -> str:
     """Markdown."""
     lines = [
-        "| size | method | n | right | one | repeated | none | shape | colour | faces right | FD whole | FD crops | detail | seams | drift | evaluations | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| size | method | n | right | asked | one | repeated | none | shape | colour | faces right | FD whole | FD crops | detail | seams | drift | evaluations | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        figures = [_share(cell[name]) for name in ("right", "one", "repeated", "none", "kind", "colour", "face")]
+        figures = [
+            _share(cell[name]) for name in ("right", "asked", "one", "repeated", "none", "kind", "colour", "face")
+        ]
         figures += [_number(cell[name]) for name in ("frechet_whole", "frechet_crops", "detail")]
         figures += [_number(cell[name] and cell[name][0]) for name in ("seams", "drift")]
         figures += [_number(cell[name], 0 if name == "evaluations" else 1) for name in ("evaluations", "seconds")]

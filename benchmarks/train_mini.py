@@ -2,8 +2,8 @@
 
     scenes -> autoencoder -> text encoders -> latents -> UNet at half the native size -> UNet at the native size -> one file
 
-Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU a layout takes some four
-hours with four cores; `--device cuda` trains longer on more data in minutes.
+Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU a layout takes some
+three hours with four cores, of which `--processes 4` makes the best use; `--device cuda` trains longer on more data in minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.sidecar import SMALL_FOLDER
 
-from .mini import autoencoder, denoiser, export, judge, networks, scenes, vocabulary, words
+from .mini import autoencoder, denoiser, export, judge, networks, scenes, together, vocabulary, words
 from .mini.training import Training, keep
 
 DESCRIPTION = "One subject on a plain ground: drawn scenes, for tests and measurements"
@@ -42,11 +42,11 @@ class Budget:
     text: int
     half: tuple[int, int, int]
     native: tuple[int, int, int]
-    rate: float = 8e-4
+    rate: float = 1e-3
 
 
 BUDGETS = {
-    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(7500, 16, 6000), native=(3600, 12, 4000)),
+    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000)),
     "cuda": Budget(crops=20000, pictures=10000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
 }
 
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{SMALL_FOLDER} is written: {vocabulary.size()} tokens")
         return 0
     course = Course(options.layout, options.work, torch.device(options.device), options.minutes)
+    if options.processes > 1:
+        course.together(options.processes)
     course.parts()
     if not course.finished and not options.anyway:
         print(UNFINISHED)
@@ -88,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long and keep the state")
     parser.add_argument("--anyway", action="store_true", help="write the file though training is not finished")
     parser.add_argument("--threads", type=int, help="threads of the CPU to use")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes of one thread that train the UNet (default: 1)"
+    )
     return parser
 
 
@@ -104,19 +109,38 @@ class Course:
 
     def parts(self) -> None:
         """Train each part as far as time allows."""
-        torch.manual_seed(0)
-        self.vae, vae_done = self._autoencoder()
-        self.towers, text_done = self._text_encoders()
+        ready = self._first_parts()
         self.unet, self.finished = networks.unet(self.layout), False
-        if vae_done and text_done:
+        if ready:
             self.finished = self._unet()
+
+    def together(self, processes: int) -> None:
+        """Train the UNet in several processes, which leave its states for `parts` to load; the parts before it here.
+
+        Raises ValueError where the processes cannot share the batches evenly or the device is not the CPU.
+        """
+        batches = [batch for _, batch, _ in (self.budget.half, self.budget.native)]
+        if self.device.type != "cpu" or any(batch % processes for batch in batches):
+            raise ValueError(
+                f"--processes is for the CPU and must divide {batches[0]} and {batches[1]}: leave it out, or take 2 or 4."
+            )
+        self._first_parts()
+        self.notes.clear()
+        together.run(_train_unet, processes, self.name, self.work.parent, self._left())
 
     def summary(self) -> str:
         """What was trained, for the file's card."""
         return "; ".join(self.notes)
 
+    def _first_parts(self) -> bool:
+        torch.manual_seed(0)
+        self.vae, vae_done = self._autoencoder()
+        self.towers, text_done = self._text_encoders()
+        return vae_done and text_done
+
     def _left(self) -> float:
-        return (self.end - time.monotonic()) / 60
+        """Minutes; the same in all processes of a training, since all must begin a part or none."""
+        return together.average([], (self.end - time.monotonic()) / 60)[0]
 
     def _autoencoder(self):
         read = autoencoder.Read(networks.autoencoder()).to(self.device)
@@ -183,6 +207,12 @@ class Course:
                 return False
             unet.load_state_dict(training.mean.state_dict())
         return True
+
+
+def _train_unet(layout: str, work: Path, minutes: float) -> None:
+    """One of several processes' part; what comes before the UNet is trained already, or its time is over."""
+    if minutes > 0:
+        Course(layout, work, torch.device("cpu"), minutes).parts()
 
 
 def _train_judge(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from lib_hires.engines.components import BETAS
 from lib_hires.engines.prompts import Conditioning, encode
 from lib_hires.plan.models import LATENT_FACTOR
 
-from . import autoencoder, scenes, words
+from . import autoencoder, scenes, together, words
 from .training import keep
 
 ZOOMED = 0.15
@@ -83,21 +83,21 @@ def make_pool(
 ) -> Pool:
     """Encode `count` scenes at `side` latents, in chunks that are kept in `folder`: a later start goes on.
 
-    A chunk that another autoencoder or other scenes made is made anew.
+    A chunk that another autoencoder or other scenes made is made anew; of several processes each makes its share.
     """
-    latents, sights, encoder = [], [], digest_of(vae.state_dict())
-    for number in range(-(-count // CHUNK)):
-        path = folder / f"latents-{side}-{number:03d}.pt"
-        seen = _sights(side, number, share)
-        made_from = f"{encoder} {hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
-        kept = torch.load(path, weights_only=True) if path.exists() else {}
+    encoder, numbers = digest_of(vae.state_dict()), range(-(-count // CHUNK))
+    rank, processes = together.place()
+    paths = [folder / f"latents-{side}-{number:03d}.pt" for number in numbers]
+    seen = [_sights(side, number, share) for number in numbers]
+    for number in numbers[rank::processes]:
+        made_from = f"{encoder} {hashlib.sha256(repr(seen[number]).encode()).hexdigest()[:16]}"
+        kept = torch.load(paths[number], weights_only=True) if paths[number].exists() else {}
         if kept.get("made_from") != made_from:
-            kept = {"latents": _encode(vae, seen, side), "made_from": made_from}
-            keep(kept, path)
-            log(f"latents of {(number + 1) * CHUNK} of {count} scenes at {side}x{side}")
-        latents.append(kept["latents"])
-        sights += seen
-    return Pool(torch.cat(latents), sights, side)
+            keep({"latents": _encode(vae, seen[number], side), "made_from": made_from}, paths[number])
+            log(f"latents {number + 1} of {len(numbers)}, {CHUNK} scenes each, at {side}x{side}")
+    together.wait()
+    latents = [torch.load(path, weights_only=True)["latents"] for path in paths]
+    return Pool(torch.cat(latents), [sight for chunk in seen for sight in chunk], side)
 
 
 def _sights(side: int, number: int, share: float) -> list[Sight]:
@@ -156,18 +156,23 @@ class Lessons:
         self.weights = weights / weights.mean()
 
     def loss_of(self, unet: UNet2DConditionModel, step: int) -> torch.Tensor:
-        """The weighted loss of a batch; the same for the same step."""
+        """The weighted loss of a batch; the same for the same step. Of several processes each takes its rows of the batch."""
         generator = np.random.default_rng([11, self.seed, step])
         chosen = generator.integers(0, len(self.pool.sights), self.batch)
         cuts = generator.integers(0, MARGIN + 1, (self.batch, 2))
         clean = torch.stack([self.pool.cut(index, *cut) for index, cut in zip(chosen, cuts)])
         seen = [self.pool.sights[index] for index in chosen]
-        told = self.contexts.of([self._text(sight.scene, generator) for sight in seen])
-        told = replace(told, time_ids=torch.tensor([s.sizes(self.pool.side, *cut) for s, cut in zip(seen, cuts)]))
+        texts = [self._text(sight.scene, generator) for sight in seen]
         highest = np.where([sight.zoomed for sight in seen], BELOW, 1000)
         times = torch.from_numpy((generator.random(self.batch) * highest).astype(np.int64))
         noise = generator.standard_normal(clean.shape, np.float32)
         noise = torch.from_numpy(noise + OFFSET * generator.standard_normal((*clean.shape[:2], 1, 1), np.float32))
+        rank, processes = together.place()
+        clean, times, noise, seen, texts, cuts = (
+            rows[rank::processes] for rows in (clean, times, noise, seen, texts, cuts)
+        )
+        told = self.contexts.of(texts)
+        told = replace(told, time_ids=torch.tensor([s.sizes(self.pool.side, *cut) for s, cut in zip(seen, cuts)]))
         kept = self.kept[times][:, None, None, None]
         noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         noisy = noisy.to(unet.device, memory_format=torch.channels_last)

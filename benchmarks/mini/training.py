@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from . import together
+
 SAVE_SECONDS = 120
 
 
@@ -61,22 +63,29 @@ class Training:
 
     @torch.enable_grad()
     def run(self, loss_of: Callable[[int], torch.Tensor], minutes: float = math.inf) -> bool:
-        """Train; returns whether all steps are done."""
+        """Train; returns whether all steps are done.
+
+        Of several processes (together.py) each computes the loss of its own rows; the first one writes and speaks.
+        """
         start = saved = time.monotonic()
-        first = self.done
+        first, over = self.done, minutes <= 0
         self.module.train()
-        while not self.finished and time.monotonic() - start < 60 * minutes:
+        parameters = list(self.module.parameters())
+        while not self.finished and not over:
             for group in self.optimiser.param_groups:
                 group["lr"] = self.rate * self._share()
             loss = loss_of(self.done)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            late = float(time.monotonic() - start > 60 * minutes)
+            mean, late = together.average(parameters, float(loss.detach()), late)
+            over = late > 0  # in one process is in all: none may wait for another that has stopped
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             self.done += 1
             self._average()
-            self.losses.append(float(loss.detach()))
-            if self.done % 50 == 0:
+            self.losses.append(mean)
+            if self.done % 50 == 0 and together.place()[0] == 0:
                 each = (time.monotonic() - start) / (self.done - first)
                 recent = sum(self.losses[-50:]) / 50
                 self.log(f"{self.path.stem}: step {self.done} of {self.steps}, loss {recent:.4f}, {each:.2f} s a step")
@@ -88,6 +97,8 @@ class Training:
 
     def save(self) -> None:
         """Write the state; the file is whole at any time."""
+        if together.place()[0] != 0:
+            return
         state = {
             "module": self.module.state_dict(),
             "mean": self.mean.state_dict(),

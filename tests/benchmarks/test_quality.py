@@ -1,5 +1,7 @@
 """The quality bench: its bookkeeping, and a small part of it on the bundled model, so that no change spoils pictures unseen."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ TRIED = {name: quality.METHODS[name] for name in ("HiDiffusion", "DemoFusion")}
 def bench(tmp_path_factory):
     bench = quality.Bench(None, "cpu", tmp_path_factory.mktemp("quality"))
     for seed in range(FIRST, FIRST + SEEDS):
-        bench.draw(seed, 2.0, "1:1", TRIED)
+        bench.draw(seed, [2.0], "1:1", TRIED)
     return bench
 
 
@@ -28,7 +30,7 @@ def cells(bench):
 def test_every_scene_has_a_row_of_each_kind_and_is_not_drawn_again(bench, monkeypatch):
     assert len(bench.rows) == SEEDS * 7
     monkeypatch.setattr(bench, "_drawn", lambda *_: pytest.fail("drawn again"))
-    bench.draw(FIRST, 2.0, "1:1", {"DemoFusion": quality.METHODS["DemoFusion"]})
+    bench.draw(FIRST, [2.0], "1:1", {"DemoFusion": quality.METHODS["DemoFusion"]})
     again = quality.Bench(None, "cpu", bench.out)
     assert again.rows == bench.rows
     whole = bench.file.read_text()
@@ -37,9 +39,59 @@ def test_every_scene_has_a_row_of_each_kind_and_is_not_drawn_again(bench, monkey
     bench.file.write_text(whole)
 
 
+def test_several_processes_draw_what_one_does(bench, tmp_path):
+    told = ["--methods", "HiDiffusion", "--seeds", "2", "--first-seed", str(FIRST), "--processes", "2", "--out"]
+    assert quality.main([*told, str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("rows*")] == ["rows.jsonl"]
+    together = quality.Bench(None, "cpu", tmp_path)
+    assert {row["method"] for row in together.rows.values()} == {
+        "render",
+        "render, other scenes",
+        "native",
+        "HiDiffusion",
+    }
+    assert len(together.rows) == 2 * 6
+    for key, row in together.rows.items():
+        alone = bench.rows[key]
+        assert (row["subjects"], row["kind"], row["seed"]) == (alone["subjects"], alone["kind"], alone["seed"])
+        assert row["detail"] == pytest.approx(alone["detail"], rel=1e-3)
+
+
+def test_rows_that_a_stopped_process_left_are_not_lost(bench, tmp_path):
+    key, row = next(iter(bench.rows.items()))
+    (tmp_path / "rows-17.jsonl").write_text("\n" + json.dumps(row))
+    again = quality.Bench(None, "cpu", tmp_path)
+    assert again.rows == {key: row}
+    again.gather()
+    assert not (tmp_path / "rows-17.jsonl").exists()
+    assert quality.Bench(None, "cpu", tmp_path).rows == {key: row}
+
+
+def test_a_cell_compares_methods_over_the_scenes_that_all_of_them_have(bench, tmp_path, capsys):
+    rows = [row for row in bench.rows.values() if (row["method"], row["seed"]) != ("DemoFusion", FIRST)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    told = [
+        "--methods",
+        *TRIED,
+        "plain",
+        "--seeds",
+        "64",
+        "--first-seed",
+        str(FIRST),
+        "--tables",
+        "--out",
+        str(tmp_path),
+    ]
+    assert quality.main(told) == 0
+    cells = json.loads((tmp_path / "quality.json").read_text())["cells"]
+    assert {cell["method"] for cell in cells if cell["scale"] == 2} == {*TRIED, quality.RENDER, quality.OTHER}
+    assert {cell["pictures"] for cell in cells} == {SEEDS - 1}
+    assert not list(tmp_path.glob("pictures/*"))
+
+
 def test_pictures_may_start_from_the_native_one_of_their_scene(bench):
     refining = quality.Bench(None, "cpu", bench.out, denoise=0.25)
-    refining.draw(FIRST, 2.0, "1:1", {"plain": quality.METHODS["plain"]})
+    refining.draw(FIRST, [2.0], "1:1", {"plain": quality.METHODS["plain"]})
     (key,) = refining.rows.keys() - bench.rows.keys()
     row = refining.rows[key]
     assert (row["method"], row["evaluations"], row["width"]) == ("plain", 5, 512)

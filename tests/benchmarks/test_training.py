@@ -1,5 +1,6 @@
 """Training the small models: states that go on, names that hosts know, words that tell everything."""
 
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.mini import autoencoder, denoiser, export, networks, scenes, vocabulary, words
+from benchmarks import train_mini
+from benchmarks.mini import autoencoder, denoiser, export, networks, scenes, together, vocabulary, words
 from benchmarks.mini.training import Training
 from lib_hires.engines.checkpoint import BUNDLED, load
 from lib_hires.engines.components import tokenizers
@@ -54,6 +56,39 @@ def test_no_time_leaves_a_state_and_says_that_it_is_not_finished(tmp_path):
     training = Training(linear(), tmp_path / "state.pt", steps=40, rate=0.05, log=lambda text: None)
     assert not training.run(lambda step: loss_of(training.module, step), minutes=0)
     assert (tmp_path / "state.pt").exists() and not training.finished
+
+
+def train_a_line(path, minutes=(math.inf, math.inf)):
+    """A process's part: of every batch of 8 its rows."""
+    training = Training(linear(), path, steps=30, rate=0.05, warm=5, log=lambda text: None)
+
+    def own_rows(step):
+        rank, processes = together.place()
+        x = torch.randn((8, 3), generator=torch.Generator().manual_seed(step))[rank::processes]
+        return (training.module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    training.run(own_rows, minutes[together.place()[0]])
+    assert together.average([], float(training.done)) == [training.done]  # all stop at the same step
+
+
+def test_processes_train_together_as_one_does_alone(tmp_path):
+    train_a_line(tmp_path / "alone.pt")
+    together.run(train_a_line, 2, tmp_path / "both.pt")
+    alone, both = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", "both"))
+    assert both["done"] == 30
+    assert torch.allclose(alone["module"]["weight"], both["module"]["weight"], atol=1e-5)
+    assert np.allclose(alone["losses"], both["losses"], atol=1e-5)
+
+
+def test_when_one_process_is_out_of_time_all_stop_and_the_first_keeps_the_state(tmp_path):
+    together.run(train_a_line, 2, tmp_path / "both.pt", (math.inf, 1e-9))
+    assert torch.load(tmp_path / "both.pt", weights_only=True)["done"] == 1
+
+
+def test_processes_must_share_the_batches_evenly(tmp_path):
+    course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), minutes=0)
+    with pytest.raises(ValueError, match="--processes is for the CPU and must divide"):
+        course.together(7)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +286,20 @@ def test_a_lesson_is_the_same_for_the_same_step_and_reaches_every_weight(name):
     assert losses[0].item() == losses[2].item() != losses[1].item()
     losses[0].backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_processes_take_the_rows_of_one_batch(monkeypatch):
+    torch.manual_seed(0)
+    layout = networks.LAYOUTS["sdxl"]
+    pool = denoiser.Pool(torch.randn(4, 4, 12, 12).half(), denoiser._sights(8, 0, 0.5)[:4], 8)
+    lessons = denoiser.Lessons(pool, denoiser.Contexts(words.Towers(layout)), batch=4)
+    unet = networks.unet(layout)
+    whole = lessons.loss_of(unet, 5).item()
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(together, "place", lambda rank=rank: (rank, 2))
+        parts.append(lessons.loss_of(unet, 5).item())
+    assert parts[0] != parts[1] and np.mean(parts) == pytest.approx(whole, rel=1e-4)
 
 
 def test_parts_of_scenes_are_never_shown_at_the_highest_noise_levels():
