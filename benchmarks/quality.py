@@ -45,6 +45,7 @@ from .demo import size_of
 from .mini import judge, scenes, words
 from .mini.autoencoder import to_tensor
 from .prepared import Prepared, native_of
+from .quality_table import cell_of, table
 from .report import about, add_options, command_of, finish
 from .subjects import find_subjects
 
@@ -129,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, options.out = options.out, options.out / "quality.json"
     text = f"{_head(report)}\n\n{table(report['cells'])}"
     options.section = "ablations" if options.ablations else "refining" if options.denoise else "quality"
+    if options.ablations and options.scales != [2.0]:
+        options.section += "".join(f"-{scale:g}x" for scale in options.scales)
     if bench.components.family != "sd1":
         options.section += f"-{bench.components.family}"
     drawn = {"drawn by commits": ", ".join(report["commits"])} if report["commits"] != [bench.commit] else {}
@@ -387,67 +390,9 @@ def scene_of(seed: int, ratio: tuple[int, int]) -> scenes.Scene:
     return replace(scene, radius=min(0.42, scene.radius * wider))
 
 
-def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
-    """One line of the table; a figure is (mean, low, high)."""
-    faces = [row["face"] for row in rows if row["face"] is not None]
-    figure, share = measures.mean_with_interval, measures.share_with_interval
-    cell = {key: rows[0][key] for key in ("method", "scale", "aspect", "width", "height")}
-    cell |= {"pictures": len(rows), "faces": len(faces)}
-    cell |= {name: share([row[name] for row in rows]) for name in ("right", "kind", "colour", "look", "ground")}
-    cell["asked"] = share([row["subjects"] == 1 and row["kind"] and row["colour"] for row in rows])
-    cell["one"] = share([row["subjects"] == 1 for row in rows])
-    cell["repeated"] = share([row["subjects"] > 1 for row in rows])
-    cell["none"] = share([row["subjects"] == 0 for row in rows])
-    cell["face"] = share(faces) if faces else None
-    cell["seams"] = figure([row["seams"] for row in rows])
-    cell["detail"] = float(np.mean([row["detail"] for row in rows]) / np.mean([row["detail_true"] for row in rows]))
-    drifts = [row["drift"] for row in rows if row["drift"] is not None]
-    cell["drift"] = figure(drifts) if drifts else None
-    for name in ("whole", "crops"):
-        cell[f"frechet_{name}"] = _distance(rows, true, name)
-    for name in ("seconds", "evaluations"):
-        cell[name] = float(np.median([row[name] for row in rows])) if name in rows[0] else None
-    return cell
-
-
-def _distance(rows: Sequence[dict], true: Sequence[dict], name: str) -> float | None:
-    """Frechet distance of a cell's features from those of the true renders of its scenes; None below 16 pictures."""
-    if min(len(rows), len(true)) < 16:
-        return None
-    ours, theirs = (np.array([one for row in some for one in row[name]]) for some in (rows, true))
-    return measures.frechet(ours, theirs)
-
-
-def table(cells: Sequence[dict]) -> str:
-    """Markdown."""
-    lines = [
-        "| size | method | n | right | asked | one | repeated | none | shape | colour | faces right | FD whole | FD crops | detail | seams | drift | evaluations | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for cell in cells:
-        figures = [
-            _share(cell[name]) for name in ("right", "asked", "one", "repeated", "none", "kind", "colour", "face")
-        ]
-        figures += [_number(cell[name]) for name in ("frechet_whole", "frechet_crops", "detail")]
-        figures += [_number(cell[name] and cell[name][0]) for name in ("seams", "drift")]
-        figures += [_number(cell[name], 0 if name == "evaluations" else 1) for name in ("evaluations", "seconds")]
-        lines.append(
-            f"| {cell['scale']:g}x {cell['aspect']} | {cell['method']} | {cell['pictures']} | {' | '.join(figures)} |"
-        )
-    return "\n".join(lines)
-
-
 def _head(report: dict) -> str:
     told = ", ".join(f"{name} {value:.3f}" for name, value in report["judge"].items())
     return f"Model {report['model']}, {report['sampling']}. The judge's own accuracy on unseen renders: {told}."
-
-
-def _share(figure: tuple[float, float, float] | None) -> str:
-    return "" if figure is None else f"{figure[0]:.2f} ({figure[1]:.2f} to {figure[2]:.2f})"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _short_side(picture: np.ndarray) -> np.ndarray:

@@ -189,7 +189,7 @@ def resolved(components: Components, request: Request, job: Job) -> Request:
         return request
     model = _session(components, request, job, ()).model
     size = (job.height // components.factor, job.width // components.factor)
-    return request.resolved(model, Wanted(size, job.steps, job.started, samplers.keeps_state(job.sampler)))
+    return request.resolved(model, Wanted(size, job.steps, samplers.keeps_state(job.sampler)))
 
 
 def _wants(request: Request, job: Job) -> bool:

@@ -158,7 +158,7 @@ class A1111:
         self._decoding.close()
         request = job.request
         if request.is_automatic:
-            request = self._resolved(p, request, Wanted(size, p.steps, name == "sample_img2img", keeps_state(sampler)))
+            request = self._resolved(p, request, Wanted(size, p.steps, keeps_state(sampler)))
             job.is_resolved = True
         if request.method is None:
             return original(*args, **kwargs)

@@ -49,8 +49,6 @@ class Auto(Method):
         """Why stages are not taken; empty where they are."""
         if self.aim == SPEED:
             return "and the aim is speed"
-        if wanted.started:
-            return "and the layout is there already"
         if first_size(wanted.size, model.native // LATENT_FACTOR)[1] < WHOLE_FROM:
             return "too little for stages"
         if not wanted.stages:

@@ -51,12 +51,11 @@ class UNetPlan:
 class Wanted:
     """A pass that is about to be drawn: latents of `size` (height, width) in so many `steps`.
 
-    `started`: the host begins with latents of its own (hires pass, img2img); `stages`: its sampler can be run in stages.
+    `stages`: the sampler can be run in stages.
     """
 
     size: Size
     steps: int
-    started: bool = False
     stages: bool = True
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import quality
+from benchmarks import quality, quality_table
 from benchmarks.mini import scenes
 from lib_hires import Request
 
@@ -107,21 +107,21 @@ def test_true_renders_are_right(cells):
 
 @pytest.mark.parametrize(("method", "scale"), ((quality.NATIVE, 1.0), ("HiDiffusion", 2.0)))
 def test_one_subject_stays_one(cells, method, scale):
-    """Measured on sixteen seeds: 16 native pictures with one subject, 14 by HiDiffusion, among them these."""
+    """Measured on 24 seeds: all native pictures and all by HiDiffusion show one subject."""
     assert cells[method, scale]["one"][0] == 1
 
 
-@pytest.mark.parametrize("method", TRIED)
-def test_methods_leave_no_seams_and_keep_their_mean_colour_at_twice_the_native_size(cells, method):
-    """Measured on sixteen seeds: seams 1.00, mean drift 5.0 (DemoFusion) and 5.8 (HiDiffusion), up to 33 in one picture."""
+@pytest.mark.parametrize(("method", "most"), (("DemoFusion", 4.0), ("HiDiffusion", 9.0)))
+def test_methods_leave_no_seams_and_keep_their_mean_colour_at_twice_the_native_size(cells, method, most):
+    """Measured on 24 seeds: seams up to 1.001; drift 1.2 (DemoFusion, up to 2.5 in one picture) and 2.8 (HiDiffusion, 8.8)."""
     cell = cells[method, 2.0]
-    assert cell["seams"][2] < 1.1
-    assert cell["drift"][2] < 22
+    assert cell["seams"][2] < 1.02
+    assert cell["drift"][2] < most
 
 
 def test_the_table_has_a_line_for_each_cell(bench):
     report = bench.report([(2.0, "1:1")], range(FIRST, FIRST + SEEDS), TRIED)
-    lines = quality.table(report["cells"]).splitlines()
+    lines = quality_table.table(report["cells"]).splitlines()
     assert len(lines) == 2 + 7
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     bench.sheets([(2.0, "1:1")], range(FIRST, FIRST + SEEDS), TRIED)

@@ -218,6 +218,15 @@ def test_the_picture_gives_the_size_unless_one_is_asked_for(init, tmp_path):
     assert sizes == [(96, 64), (128, 96)]
 
 
+def test_auto_draws_a_picture_on_in_stages_too(init, tmp_path):
+    report = tmp_path / "report.json"
+    wanted = ("--steps", "10", "--width", "144", "--height", "96", "--method", "auto", "--set", "native_size=64")
+    assert run(flags(init, tmp_path / "x.png", *wanted, "--report", str(report))) == 0
+    told = json.loads(report.read_text())
+    assert told["chosen"] == "DemoFusion" and len(told["stages"]) == 1
+    assert told["stages"][0]["unet_evaluations"] > 10
+
+
 def test_a_side_that_is_not_given_follows_the_pictures_proportion(init, tmp_path):
     for flag, value, wanted in (("--width", "192", (192, 128)), ("--height", "96", (144, 96))):
         run(flags(init, tmp_path / "x.png", flag, value))

@@ -48,11 +48,10 @@ def test_stages_are_not_taken_where_they_cannot_be():
     assert chosen(model=TURBO).method == "hidiffusion"
     assert chosen(steps=LEAST_STEPS - 1).method == "hidiffusion"
     assert chosen(steps=LEAST_STEPS).method == "demofusion"
-    assert chosen(started=True).method == "hidiffusion"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 2.0, 4.0])
-@pytest.mark.parametrize("wanted", [{}, {"started": True}, {"stages": False}])
+@pytest.mark.parametrize("wanted", [{}, {"stages": False}])
 def test_what_is_chosen_exists_and_its_reason_names_both_sizes(scale, wanted):
     choice = chosen(scale=scale, **wanted)
     assert choice.method in {"none", *methods()} and choice.method != "auto"

@@ -67,7 +67,7 @@ def _hires_sampler(p: Any) -> Any:
 def _stages(p: Any, request: Request, model: Model, size: Size, hires: bool) -> Sequence[Stage]:
     """How a pass of txt2img will be drawn; one stage where it is left alone or has no canvas."""
     if wants(request, p, size, hires):
-        request = request.resolved(model, Wanted(size, p.steps, hires, keeps_state(p.sampler)))
+        request = request.resolved(model, Wanted(size, p.steps, keeps_state(p.sampler)))
         if isinstance(request.method, CanvasMethod):
             return request.method.stages(model, size, request.common, started=hires)
     return (Stage(size),)
