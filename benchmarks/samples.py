@@ -55,9 +55,10 @@ def drawn(runner: Runner, path: Path, device: str, caption: str, seed: int) -> I
 
 
 def _folded(caption: str) -> str:
-    """In two or three lines, each short enough for a label."""
-    subject, _, ground = caption.partition(" on ")
-    return f"{subject}\non {ground.replace(' background', '')}"
+    """In three lines, each short enough for a label."""
+    subject, _, ground = caption.removesuffix(" background").partition(" on a ")
+    look, _, kind = subject.rpartition(" ")
+    return f"{look}\n{kind}\non {ground}"
 
 
 if __name__ == "__main__":
