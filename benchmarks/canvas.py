@@ -23,7 +23,7 @@ from lib_hires.memory import peak_memory
 from lib_hires.methods import methods
 
 from .prepared import Prepared, native_of
-from .report import about, add_options, command_of, finish
+from .report import about, add_options, command_of, finish, markdown_table
 
 VARIANTS = {
     "plain": {"method": "none"},
@@ -108,17 +108,21 @@ def published_evaluations(components, job: dict, settings: dict, side: int) -> i
 
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table."""
+    columns = "size", "method", "stages", "UNet evaluations", "as published", "seconds", "/ plain", "peak growth, MiB"
     lines = [
-        "| size | method | stages | UNet evaluations | as published | seconds | / plain | peak growth, MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['width']}x{row['height']} | {row['variant']} | {row['stages']} | {row['unet_evaluations']} "
-            f"| {row['published'] or ''} | "
-            f"{row['seconds']:.1f} | {row['ratio']:.2f} | {row['peak_growth'] / 2**20:.0f} |"
+        (
+            f"{row['width']}x{row['height']}",
+            row["variant"],
+            row["stages"],
+            row["unet_evaluations"],
+            row["published"] or "",
+            f"{row['seconds']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['peak_growth'] / 2**20:.0f}",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown_table(columns, lines)
 
 
 if __name__ == "__main__":

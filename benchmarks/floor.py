@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lib_hires.engines.runner import DTYPES
 
-from .report import about, add_options, command_of, finish
+from .report import about, add_options, command_of, finish, markdown_table
 from .speed import CALLS, Setup, dtype_of, networks_for, timed, wait
 
 KINDS = {
@@ -144,10 +144,8 @@ def _spent(run, device: torch.device) -> dict[str, float]:
 
 def table(rows: Sequence[dict]) -> str:
     """Markdown: distance is seconds over the floor, 1 the best possible."""
-    lines = [
-        "| network | size | variant | GFLOP a call | ms a call | distance | convolution | attention | matrix | other, share of time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "network", "size", "variant", "GFLOP a call", "ms a call", "distance", *KINDS, "other, share of time"
+    lines = []
     for row in rows:
         parts = [
             "-"
@@ -156,11 +154,18 @@ def table(rows: Sequence[dict]) -> str:
             for kind in KINDS
         ]
         lines.append(
-            f"| {row['layout']} ({row['channels']} channels) | {row['pixels']} px, batch {row['batch']} | {row['variant']} "
-            f"| {row['flops'] / 1e9:.1f} | {row['seconds'] * 1e3:.1f} | **{row['distance']:.2f}** | {' | '.join(parts)} "
-            f"| {row['kinds']['other']['seconds'] / row['seconds']:.0%} |"
+            (
+                f"{row['layout']} ({row['channels']} channels)",
+                f"{row['pixels']} px, batch {row['batch']}",
+                row["variant"],
+                f"{row['flops'] / 1e9:.1f}",
+                f"{row['seconds'] * 1e3:.1f}",
+                f"**{row['distance']:.2f}**",
+                *parts,
+                f"{row['kinds']['other']['seconds'] / row['seconds']:.0%}",
+            )
         )
-    return "\n".join(lines)
+    return markdown_table(columns, lines)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lib_hires.memory import OUT_OF_MEMORY, peak_memory
 
 from .demo import size_of
 from .prepared import Prepared
-from .report import about, add_options, command_of, finish
+from .report import about, add_options, command_of, finish, markdown_table
 
 VARIANTS = {
     "plain": {"method": "none"},
@@ -110,20 +110,24 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 def table(rows: Sequence[dict], found: dict) -> str:
     """Markdown: the measurements, then the exponents."""
-    lines = [
-        "| method | size | megapixels | UNet evaluations | seconds a step | peak growth, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['method']} | {row['width']}x{row['height']} | {row['megapixels']:.1f} | {row['evaluations']} "
-            f"| {row['seconds']:.2f} | {row['peak_growth'] / 2**20:.0f} |"
+    columns = "method", "size", "megapixels", "UNet evaluations", "seconds a step", "peak growth, MiB"
+    measured = [
+        (
+            row["method"],
+            f"{row['width']}x{row['height']}",
+            f"{row['megapixels']:.1f}",
+            row["evaluations"],
+            f"{row['seconds']:.2f}",
+            f"{row['peak_growth'] / 2**20:.0f}",
         )
-    lines += ["", "| method | seconds grow with pixels to the power | memory |", "|---|---|---|"]
-    for name, powers in found.items():
-        told = ["too few sizes" if power is None else f"{power:.2f}" for power in powers.values()]
-        lines.append(f"| {name} | {' | '.join(told)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    powers = [
+        (name, *("too few sizes" if power is None else f"{power:.2f}" for power in own.values()))
+        for name, own in found.items()
+    ]
+    fitted = markdown_table(("method", "seconds grow with pixels to the power", "memory"), powers)
+    return f"{markdown_table(columns, measured)}\n\n{fitted}"
 
 
 if __name__ == "__main__":

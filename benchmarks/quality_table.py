@@ -7,6 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import measures
+from .report import markdown_table
+
+SHARES = {
+    "right": "right",
+    "asked": "asked",
+    "one": "one",
+    "repeated": "repeated",
+    "none": "none",
+    "shape": "kind",
+    "colour": "colour",
+    "faces right": "face",
+}
+"""Columns that are shares, and what a cell calls them."""
+FIGURES = ("FD whole", "FD crops", "detail", "seams", "drift", "evaluations", "seconds")
 
 
 def cell_of(rows: Sequence[dict], true: Sequence[dict]) -> dict:
@@ -42,21 +56,14 @@ def _distance(rows: Sequence[dict], true: Sequence[dict], name: str) -> float | 
 
 def table(cells: Sequence[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| size | method | n | right | asked | one | repeated | none | shape | colour | faces right | FD whole | FD crops | detail | seams | drift | evaluations | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for cell in cells:
-        figures = [
-            _share(cell[name]) for name in ("right", "asked", "one", "repeated", "none", "kind", "colour", "face")
-        ]
+        figures = [_share(cell[name]) for name in SHARES.values()]
         figures += [_number(cell[name]) for name in ("frechet_whole", "frechet_crops", "detail")]
         figures += [_number(cell[name] and cell[name][0]) for name in ("seams", "drift")]
         figures += [_number(cell[name], 0 if name == "evaluations" else 1) for name in ("evaluations", "seconds")]
-        lines.append(
-            f"| {cell['scale']:g}x {cell['aspect']} | {cell['method']} | {cell['pictures']} | {' | '.join(figures)} |"
-        )
-    return "\n".join(lines)
+        lines.append((f"{cell['scale']:g}x {cell['aspect']}", cell["method"], cell["pictures"], *figures))
+    return markdown_table(("size", "method", "n", *SHARES, *FIGURES), lines)
 
 
 def _share(figure: tuple[float, float, float] | None) -> str:

@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ def finish(
     print(text)
     if options.publish:
         publish(DOCS / options.page, options.section + ("" if _is_cpu(head) else "-gpu"), text)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table of `columns` and, under each, what `rows` hold."""
+    lines = [columns, *rows]
+    written = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([written[0], "|" + "---|" * len(columns), *written[1:]])
 
 
 def in_words(head: Mapping[str, Any], command: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from lib_hires.memory import peak_memory
 from lib_hires.plan.method import Method
 
 from .networks import FULL, REDUCED, Network
-from .report import about, add_options, command_of, finish
+from .report import about, add_options, command_of, finish, markdown_table
 
 CALLS = 10
 """UNet calls of one clock: 4 shrunk and 6 not in the published first regime."""
@@ -231,17 +231,22 @@ def _row(setup: Setup, name: str, own: list[float], plain: list[float], peaks: d
 
 def table(rows: Sequence[dict]) -> str:
     """Rows as Markdown."""
-    lines = [
-        "| network | size | variant | ms a call | time, plain = 1 | spread | memory, plain = 1 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = "network", "size", "variant", "ms a call", "time, plain = 1", "spread", "memory, plain = 1"
+    lines = []
     for row in rows:
         width = "full" if row["channels"][0] == FULL["sd15"].channels[0] else f"{row['channels'][0]} channels"
         lines.append(
-            f"| {row['layout']} ({width}) | {row['pixels']} px, batch {row['batch']} | {row['variant']} | {row['seconds_a_call'] * 1e3:.1f} "
-            f"| **{row['ratio']:.2f}** | {row['least']:.2f} to {row['greatest']:.2f} | {row['peak_ratio']:.2f} |"
+            (
+                f"{row['layout']} ({width})",
+                f"{row['pixels']} px, batch {row['batch']}",
+                row["variant"],
+                f"{row['seconds_a_call'] * 1e3:.1f}",
+                f"**{row['ratio']:.2f}**",
+                f"{row['least']:.2f} to {row['greatest']:.2f}",
+                f"{row['peak_ratio']:.2f}",
+            )
         )
-    return "\n".join(lines)
+    return markdown_table(columns, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
