@@ -93,6 +93,8 @@ ABLATIONS = {
 }
 SEEDS, QUICK_SEEDS = 64, 6
 STEPS, CFG, SAMPLER = 20, 4.0, "euler"
+SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+SAMPLING_IN_WORDS = f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}"
 CROPS = 4
 """Native-size crops of a picture for the second Frechet distance."""
 SHOWN = 8
@@ -115,9 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [(scale, aspect) for aspect in options.aspects for scale in options.scales]
     seeds = range(options.first_seed, options.first_seed + count)
     settings = {name: variants[name] for name in chosen if name != NATIVE}  # which every cell has
-    tasks = [(seed, options.scales, aspect, settings) for aspect in options.aspects for seed in seeds]
-    if options.tables:
-        tasks = []
+    missing = () if options.tables else seeds
+    tasks = [(seed, options.scales, aspect, settings) for aspect in options.aspects for seed in missing]
     if options.processes > 1:
         bench.about["processes"] = options.processes
         _draw_together(options.processes, told, tasks)
@@ -256,7 +257,7 @@ class Bench:
         return jobs + [(name, scale, large, settings) for name, settings in variants.items()]
 
     def _drawn(self, asked: dict, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
-        job = {**self.first, **asked, "steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+        job = {**self.first, **asked, **SAMPLING}
         prepared = Prepared.of(self.components, job, settings, *size)
         started = time.perf_counter()
         result = prepared.picture()
@@ -325,7 +326,7 @@ class Bench:
         return {
             "model": self.model,
             "commits": sorted(commits),
-            "sampling": f"{SAMPLER}, {STEPS} steps, CFG {CFG:g}",
+            "sampling": SAMPLING_IN_WORDS,
             "judge": judge.accuracy(self.judge),
             "cells": [lines[place] for place in sorted(lines, key=lambda place: place[:2])],
         }

@@ -15,7 +15,7 @@ from lib_hires.engines.runner import Runner
 
 from .contact_sheet import contact_sheet, save_sheet
 from .prepared import Prepared, native_of
-from .quality import CFG, METHODS, NATIVE, PLAIN, SAMPLER, STEPS, scene_of
+from .quality import METHODS, NATIVE, PLAIN, SAMPLING, SAMPLING_IN_WORDS, scene_of
 
 MODELS = {"SD1.5 layout": BUNDLED, "SDXL layout": BUNDLED.with_name("scenes-sdxl.safetensors")}
 FIRST_SEED = 3000
@@ -33,25 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[list[Image.Image]] = [[] for _ in captions]
     with tqdm(total=len(MODELS) * len(captions) * options.seeds, unit="picture", desc="drawing") as bar:
         for path in MODELS.values():
-            runner = Runner(quiet=True)
+            first = {**JOB_DEFAULTS, "checkpoint": str(path), "device": options.device, "prompt": "", **SAMPLING}
+            components = Runner(quiet=True).load(first)
+            side = native_of(components, first)
             for row, caption in zip(rows, captions):
                 for seed in range(options.seeds):
-                    row.append(drawn(runner, path, options.device, caption, seed))
+                    asked = {**first, "prompt": caption, "seed": seed}
+                    row += Prepared.of(components, asked, METHODS[PLAIN], side, side).picture().images
                     bar.update()
     titles = [f"{name}, seed {seed}" for name in MODELS for seed in range(options.seeds)]
     labelled = [(_folded(caption), row) for caption, row in zip(captions, rows)]
     save_sheet(contact_sheet(labelled, titles, cell=144), options.out)
-    print(f"{options.out} is written: {SAMPLER}, {STEPS} steps, CFG {CFG:g}")
+    print(f"{options.out} is written: {SAMPLING_IN_WORDS}")
     return 0
-
-
-def drawn(runner: Runner, path: Path, device: str, caption: str, seed: int) -> Image.Image:
-    """A caption's picture at a model's native size."""
-    first = {**JOB_DEFAULTS, "checkpoint": str(path), "device": device, "prompt": caption, "seed": seed}
-    first |= {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
-    components = runner.load(first)
-    side = native_of(components, first)
-    return Prepared.of(components, first, METHODS[PLAIN], side, side).picture().images[0]
 
 
 def _folded(caption: str) -> str:

@@ -42,11 +42,11 @@ class Budget:
     text: int
     half: tuple[int, int, int]
     native: tuple[int, int, int]
-    rate: float = 1e-3
+    rate: float = 8e-4
 
 
 BUDGETS = {
-    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000)),
+    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000), rate=1e-3),
     "cuda": Budget(crops=20000, pictures=10000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
 }
 
@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{SMALL_FOLDER} is written: {vocabulary.size()} tokens")
         return 0
     course = Course(options.layout, options.work, torch.device(options.device), options.minutes)
-    if options.processes > 1:
-        course.together(options.processes)
-    course.parts()
+    course.parts(options.processes)
     if not course.finished and not options.anyway:
         print(UNFINISHED)
         return 1
@@ -107,36 +105,32 @@ class Course:
         self.finished = False
         self.notes: list[str] = []
 
-    def parts(self) -> None:
-        """Train each part as far as time allows."""
-        ready = self._first_parts()
-        self.unet, self.finished = networks.unet(self.layout), False
-        if ready:
-            self.finished = self._unet()
-
-    def together(self, processes: int) -> None:
-        """Train the UNet in several processes, which leave its states for `parts` to load; the parts before it here.
+    def parts(self, processes: int = 1) -> None:
+        """Train each part as far as time allows, the UNet in so many processes, which leave its states to be loaded here.
 
         Raises ValueError where the processes cannot share the batches evenly or the device is not the CPU.
         """
-        batches = [batch for _, batch, _ in (self.budget.half, self.budget.native)]
-        if self.device.type != "cpu" or any(batch % processes for batch in batches):
-            raise ValueError(
-                f"--processes is for the CPU and must divide {batches[0]} and {batches[1]}: leave it out, or take 2 or 4."
-            )
-        self._first_parts()
-        self.notes.clear()
-        together.run(_train_unet, processes, self.name, self.work.parent, self._left())
+        if processes > 1:
+            self._check_sharing(processes)
+        torch.manual_seed(0)
+        self.vae, vae_done = self._autoencoder()
+        self.towers, text_done = self._text_encoders()
+        self.unet, self.finished = networks.unet(self.layout), False
+        if vae_done and text_done:
+            if processes > 1 and self._left() > 0:
+                together.run(_train_unet, processes, self.name, self.work.parent, self._left())
+            self.finished = self._unet()
 
     def summary(self) -> str:
         """What was trained, for the file's card."""
         return "; ".join(self.notes)
 
-    def _first_parts(self) -> bool:
-        torch.manual_seed(0)
-        self.vae, vae_done = self._autoencoder()
-        self.towers, text_done = self._text_encoders()
-        return vae_done and text_done
+    def _check_sharing(self, processes: int) -> None:
+        batches = [batch for _, batch, _ in (self.budget.half, self.budget.native)]
+        if self.device.type != "cpu" or any(batch % processes for batch in batches):
+            raise ValueError(
+                f"--processes is for the CPU and must divide {batches[0]} and {batches[1]}: leave it out, or take 2 or 4."
+            )
 
     def _left(self) -> float:
         """Minutes; the same in all processes of a training, since all must begin a part or none."""
@@ -210,9 +204,8 @@ class Course:
 
 
 def _train_unet(layout: str, work: Path, minutes: float) -> None:
-    """One of several processes' part; what comes before the UNet is trained already, or its time is over."""
-    if minutes > 0:
-        Course(layout, work, torch.device("cpu"), minutes).parts()
+    """One of several processes' part; what comes before the UNet is trained already."""
+    Course(layout, work, torch.device("cpu"), minutes).parts()
 
 
 def _train_judge(options: argparse.Namespace) -> int:

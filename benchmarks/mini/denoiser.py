@@ -89,15 +89,20 @@ def make_pool(
     rank, processes = together.place()
     paths = [folder / f"latents-{side}-{number:03d}.pt" for number in numbers]
     seen = [_sights(side, number, share) for number in numbers]
+    latents = {}
     for number in numbers[rank::processes]:
         made_from = f"{encoder} {hashlib.sha256(repr(seen[number]).encode()).hexdigest()[:16]}"
         kept = torch.load(paths[number], weights_only=True) if paths[number].exists() else {}
         if kept.get("made_from") != made_from:
-            keep({"latents": _encode(vae, seen[number], side), "made_from": made_from}, paths[number])
+            kept = {"latents": _encode(vae, seen[number], side), "made_from": made_from}
+            keep(kept, paths[number])
             log(f"latents {number + 1} of {len(numbers)}, {CHUNK} scenes each, at {side}x{side}")
+        latents[number] = kept["latents"]
     together.wait()
-    latents = [torch.load(path, weights_only=True)["latents"] for path in paths]
-    return Pool(torch.cat(latents), [sight for chunk in seen for sight in chunk], side)
+    for number in numbers:
+        if number not in latents:
+            latents[number] = torch.load(paths[number], weights_only=True)["latents"]
+    return Pool(torch.cat([latents[number] for number in numbers]), [sight for chunk in seen for sight in chunk], side)
 
 
 def _sights(side: int, number: int, share: float) -> list[Sight]:

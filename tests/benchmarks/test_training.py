@@ -88,7 +88,7 @@ def test_when_one_process_is_out_of_time_all_stop_and_the_first_keeps_the_state(
 def test_processes_must_share_the_batches_evenly(tmp_path):
     course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), minutes=0)
     with pytest.raises(ValueError, match="--processes is for the CPU and must divide"):
-        course.together(7)
+        course.parts(7)
 
 
 @pytest.fixture(scope="module")
