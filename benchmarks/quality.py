@@ -38,6 +38,7 @@ from lib_hires import Request
 from lib_hires.cli import JOB_DEFAULTS
 from lib_hires.engines.checkpoint import BUNDLED
 from lib_hires.engines.runner import Runner
+from lib_hires.engines.standalone import Engine
 
 from . import measures
 from .contact_sheet import contact_sheet, save_sheet
@@ -52,6 +53,8 @@ from .subjects import find_subjects
 PLAIN, NATIVE, RENDER = "plain", "native", "render"
 OTHER = "render, other scenes"
 """True renders of the same captions, drawn anew: what a perfect model would score."""
+THROUGH = "render, encoded and decoded"
+"""True renders through the model's autoencoder: what a perfect UNet would score on its latents."""
 METHODS = {
     PLAIN: {"method": "none"},
     "HiDiffusion": {"method": "hidiffusion"},
@@ -240,6 +243,7 @@ class Bench:
             truth = scenes.render(replace(shown, radius=scene.radius), size)
             asked = {"prompt": scene.caption, "seed": seed, **({} if name == NATIVE else start)}
             picture, spent = (truth, {}) if settings is None else self._drawn(asked, size, settings)
+            picture = self._through_autoencoder(picture) if name == THROUGH else picture
             Image.fromarray(picture).save(path)
             native = picture if name == NATIVE else native
             measured = self._measured(picture, scene, times, native if settings else None)
@@ -252,9 +256,14 @@ class Bench:
         ratio = ratio_of(aspect)
         small, large = size_of(self.native, ratio), size_of(self.native * scale, ratio)
         sizes = {1.0: small, scale: large}
-        jobs = [(name, times, size, None) for times, size in sizes.items() for name in (RENDER, OTHER)]
+        jobs = [(name, times, size, None) for times, size in sizes.items() for name in (RENDER, OTHER, THROUGH)]
         jobs.append((NATIVE, 1.0, small, METHODS[PLAIN]))
         return jobs + [(name, scale, large, settings) for name, settings in variants.items()]
+
+    def _through_autoencoder(self, picture: np.ndarray) -> np.ndarray:
+        engine, factor = Engine(self.components), self.components.factor
+        latent = engine.encode(Image.fromarray(picture), (picture.shape[0] // factor, picture.shape[1] // factor))
+        return np.asarray(engine.decode(latent)[0])
 
     def _drawn(self, asked: dict, size: tuple[int, int], settings: dict) -> tuple[np.ndarray, dict]:
         job = {**self.first, **asked, **SAMPLING}

@@ -1,6 +1,6 @@
 """`python -m benchmarks.train_mini`: the bundled small models, from nothing but this project's own drawn scenes.
 
-    scenes -> autoencoder -> text encoders -> latents -> UNet at half the native size -> UNet at the native size -> one file
+    scenes -> autoencoder -> its decoder -> text encoders -> latents -> UNet at half the native size -> UNet at the native size -> one file
 
 Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU a layout takes some
 three hours with four cores, of which `--processes 4` makes the best use; `--device cuda` trains longer on more data in minutes.
@@ -33,12 +33,13 @@ UNFINISHED = "The time is over; the same command goes on from here."
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each part is trained, in steps: of the autoencoder on `crops` and `pictures`, of the `text` encoders;
-    `half`, `native`: (steps, batch, scenes) of the UNet.
+    """How long each part is trained, in steps: of the autoencoder on `crops` and `pictures`, of its `decoder` alone, of the
+    `text` encoders; `half`, `native`: (steps, batch, scenes) of the UNet.
     """
 
     crops: int
     pictures: int
+    decoder: int
     text: int
     half: tuple[int, int, int]
     native: tuple[int, int, int]
@@ -46,8 +47,8 @@ class Budget:
 
 
 BUDGETS = {
-    "cpu": Budget(crops=2600, pictures=1400, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000), rate=1e-3),
-    "cuda": Budget(crops=20000, pictures=10000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
+    "cpu": Budget(crops=2600, pictures=1400, decoder=3000, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000), rate=1e-3),
+    "cuda": Budget(crops=20000, pictures=10000, decoder=30000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
 }
 
 
@@ -154,10 +155,26 @@ class Course:
             read.load_state_dict(training.mean.state_dict())
         pictures = _pictures(64, seed=98).to(self.device)
         vae = self._standardised(training.mean.vae.to(memory_format=torch.channels_last), pictures)
+        before = training.done
+        training = self._decoder(vae, crops)
+        vae = training.mean
         self.notes.append(
-            f"autoencoder {self.budget.crops} and {training.done} steps, {autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
+            f"autoencoder {self.budget.crops} and {before} steps, {training.done} of its decoder, "
+            f"{autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
         )
         return vae, training.finished
+
+    def _decoder(self, vae, crops) -> Training:
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+        path = self.work / f"decoder-{autoencoder.encoder_digest(vae)}.pt"  # of another encoder's latents it begins anew
+        training = Training(vae, path, self.budget.decoder, rate=2e-4, warm=50, average=0.99)
+        if not training.finished and self._left() > 0:
+            training.run(
+                lambda step: autoencoder.decoder_loss_of(vae, crops().batch(step, autoencoder.WHOLE).to(self.device)),
+                self._left(),
+            )
+        return training
 
     def _standardised(self, vae, pictures: torch.Tensor):
         """The autoencoder with standard latents; kept, since another number of threads would round otherwise."""
@@ -183,13 +200,13 @@ class Course:
         contexts = denoiser.Contexts(self.towers)
         unet = networks.unet(self.layout).to(self.device, memory_format=torch.channels_last)
         half, native = self.budget.half, self.budget.native
-        latents_of = digest_of(self.vae.state_dict())
+        latents_of = autoencoder.encoder_digest(self.vae)
         self.unet = unet
         for name, side, (steps, batch, count), rate in (
             (f"unet-{self.name}-half", networks.LATENTS // 2, half, self.budget.rate),
             (f"unet-{self.name}", networks.LATENTS, native, self.budget.rate / 2),
         ):
-            path = self.work / f"{name}-{latents_of}.pt"  # with another autoencoder training begins anew
+            path = self.work / f"{name}-{latents_of}.pt"  # with another encoder training begins anew
             training = Training(unet, path, steps, rate=rate, warm=200, average=0.998)
             if not training.finished and self._left() > 0:
                 pool = denoiser.make_pool(self.vae, self.work, side, count)

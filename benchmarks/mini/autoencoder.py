@@ -1,4 +1,4 @@
-"""Training the autoencoder: on crops of scenes first, then on whole ones.
+"""Training the autoencoder: on crops of scenes first, then on whole ones, then its decoder alone.
 
 Crops of 48 pixels: a latent's receptive field is about that large, and edges, which are all there is to learn, are
 sought: of several crops the liveliest are taken. Group norms take their statistics from what they are shown, so an
@@ -8,6 +8,9 @@ Pictures alone do not make good latents. Nine colours fit on a line, and so they
 red lay beside cyan and green beside black, and a slight error of the UNet, or of a stage's mean and std, turned one into the
 other. So the channels are held apart (unit covariance), a linear layer must read each latent's colour from them, and the
 decoder is trained through noise that the UNet's errors are small against.
+
+The encoder is good long before the decoder: after both's training the latents tell thin lines and faint textures that no
+picture shows yet. So the decoder goes on alone, and the latents, and what a UNet has learned of them, stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 
+from lib_hires.engines.checkpoint import digest_of
 from lib_hires.plan.models import LATENT_FACTOR
 
 from . import networks, scenes
@@ -25,9 +29,10 @@ from . import networks, scenes
 POOL, SOUGHT = 600, 3
 CROPPED = ((48, 12),)
 WHOLE = ((networks.NATIVE // 2, 2), (networks.NATIVE, 1))
-"""(side, batch) of the two parts of the training; sizes take turns."""
-NOISE = 0.1
-"""Standard deviation of what is added to latents before they are decoded, where theirs is 1."""
+"""(side, batch) of the two parts of the training; sizes take turns. The decoder alone is shown those of the second."""
+NOISE, LATER_NOISE = 0.1, 0.05
+"""Standard deviations of what is added to latents before they are decoded, where theirs is 1; the later one for the decoder
+alone, where what is faint in the latents must not drown."""
 APART, READ = 0.1, 0.5
 """Weights of the latents' distance from mean 0 and unit covariance, and of the error of the colours read from them."""
 RECENT = 0.05
@@ -100,14 +105,31 @@ class Read(nn.Module):
 def loss_of(read: Read, pictures: torch.Tensor) -> torch.Tensor:
     """Difference of colours and of their steps, of the latents' covariance from unit, and of the colours read from them."""
     latents = read.vae.encode(pictures).latent_dist.mean
-    drawn = read.vae.decode(latents + NOISE * torch.randn_like(latents)).sample
-    loss = (drawn - pictures).abs().mean() + 0.5 * (drawn - pictures).square().mean()
-    for axis in (2, 3):
-        loss = loss + (drawn.diff(dim=axis) - pictures.diff(dim=axis)).abs().mean()
+    loss = _difference(read.vae, latents, pictures, NOISE)
     mean, covariance = read.recent(latents)
     apart = ((covariance - torch.eye(len(mean)).to(mean)).square().mean() + mean.square().mean()) / RECENT
     seen = functional.avg_pool2d(pictures, LATENT_FACTOR)
     return loss + APART * apart + READ * (read.colours(latents) - seen).square().mean()
+
+
+def decoder_loss_of(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Difference of colours and of their steps, for the decoder alone."""
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+    return _difference(vae, latents, pictures, LATER_NOISE)
+
+
+def encoder_digest(vae: AutoencoderKL) -> str:
+    """Names what latents depend on: all but the decoder."""
+    return digest_of({**vae.encoder.state_dict(), **{f"quant.{k}": v for k, v in vae.quant_conv.state_dict().items()}})
+
+
+def _difference(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, noise: float) -> torch.Tensor:
+    drawn = vae.decode(latents + noise * torch.randn_like(latents)).sample
+    loss = (drawn - pictures).abs().mean() + 0.5 * (drawn - pictures).square().mean()
+    for axis in (2, 3):
+        loss = loss + (drawn.diff(dim=axis) - pictures.diff(dim=axis)).abs().mean()
+    return loss
 
 
 def moments(latents: torch.Tensor, about: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

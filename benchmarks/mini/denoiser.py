@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.components import BETAS
 from lib_hires.engines.prompts import Conditioning, encode
 from lib_hires.plan.models import LATENT_FACTOR
@@ -83,9 +82,9 @@ def make_pool(
 ) -> Pool:
     """Encode `count` scenes at `side` latents, in chunks that are kept in `folder`: a later start goes on.
 
-    A chunk that another autoencoder or other scenes made is made anew; of several processes each makes its share.
+    A chunk that another encoder or other scenes made is made anew; of several processes each makes its share.
     """
-    encoder, numbers = digest_of(vae.state_dict()), range(-(-count // CHUNK))
+    encoder, numbers = autoencoder.encoder_digest(vae), range(-(-count // CHUNK))
     rank, processes = together.place()
     paths = [folder / f"latents-{side}-{number:03d}.pt" for number in numbers]
     seen = [_sights(side, number, share) for number in numbers]

@@ -28,7 +28,7 @@ def cells(bench):
 
 
 def test_every_scene_has_a_row_of_each_kind_and_is_not_drawn_again(bench, monkeypatch):
-    assert len(bench.rows) == SEEDS * 7
+    assert len(bench.rows) == SEEDS * 9
     monkeypatch.setattr(bench, "_drawn", lambda *_: pytest.fail("drawn again"))
     bench.draw(FIRST, [2.0], "1:1", {"DemoFusion": quality.METHODS["DemoFusion"]})
     again = quality.Bench(None, "cpu", bench.out)
@@ -47,10 +47,11 @@ def test_several_processes_draw_what_one_does(bench, tmp_path):
     assert {row["method"] for row in together.rows.values()} == {
         "render",
         "render, other scenes",
+        "render, encoded and decoded",
         "native",
         "HiDiffusion",
     }
-    assert len(together.rows) == 2 * 6
+    assert len(together.rows) == 2 * 8
     for key, row in together.rows.items():
         alone = bench.rows[key]
         assert (row["subjects"], row["kind"], row["seed"]) == (alone["subjects"], alone["kind"], alone["seed"])
@@ -84,7 +85,7 @@ def test_a_cell_compares_methods_over_the_scenes_that_all_of_them_have(bench, tm
     ]
     assert quality.main(told) == 0
     cells = json.loads((tmp_path / "quality.json").read_text())["cells"]
-    assert {cell["method"] for cell in cells if cell["scale"] == 2} == {*TRIED, quality.RENDER, quality.OTHER}
+    assert {cell["method"] for cell in cells if cell["scale"] == 2} == {*TRIED, quality.RENDER, quality.OTHER, quality.THROUGH}
     assert {cell["pictures"] for cell in cells} == {SEEDS - 1}
     assert not list(tmp_path.glob("pictures/*"))
 
@@ -105,6 +106,14 @@ def test_true_renders_are_right(cells):
         assert cell["detail"] == 1
 
 
+def test_the_autoencoder_shows_what_its_latents_hold(cells):
+    """Measured on 96 scenes at the native size and 24 at twice it: SHARES."""
+    for scale in (1.0, 2.0):
+        cell = cells[quality.THROUGH, scale]
+        assert cell["asked"][0] == 1 and cell["drift"] is None
+        assert 0.5 < cell["detail"] < 1 and cell["seams"][2] < 1.02
+
+
 @pytest.mark.parametrize(("method", "scale"), ((quality.NATIVE, 1.0), ("HiDiffusion", 2.0)))
 def test_one_subject_stays_one(cells, method, scale):
     """Measured on 24 seeds: all native pictures and all by HiDiffusion show one subject."""
@@ -122,7 +131,7 @@ def test_methods_leave_no_seams_and_keep_their_mean_colour_at_twice_the_native_s
 def test_the_table_has_a_line_for_each_cell(bench):
     report = bench.report([(2.0, "1:1")], range(FIRST, FIRST + SEEDS), TRIED)
     lines = quality_table.table(report["cells"]).splitlines()
-    assert len(lines) == 2 + 7
+    assert len(lines) == 2 + 9
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     bench.sheets([(2.0, "1:1")], range(FIRST, FIRST + SEEDS), TRIED)
     assert (bench.out / "sheet-2x-1to1.png").exists()

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,6 +90,59 @@ def test_processes_must_share_the_batches_evenly(tmp_path):
     course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), minutes=0)
     with pytest.raises(ValueError, match="--processes is for the CPU and must divide"):
         course.parts(7)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A course of few steps on few small pictures."""
+    budget = train_mini.Budget(crops=2, pictures=2, decoder=2, text=2, half=(2, 2, 8), native=(2, 2, 8))
+    monkeypatch.setitem(train_mini.BUDGETS, "cpu", budget)
+    monkeypatch.setattr(autoencoder, "WHOLE", ((64, 2), (128, 1)))
+    monkeypatch.setattr(autoencoder.Crops.__init__, "__defaults__", (1, 4))
+    monkeypatch.setattr(denoiser, "CHUNK", 4)
+    monkeypatch.setattr(networks, "LATENTS", 16)
+    monkeypatch.setattr(train_mini, "_pictures", lambda count, seed: torch.rand(4, 3, 64, 64) * 2 - 1)
+    return budget
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.enable_grad()
+def test_a_course_goes_from_nothing_to_all_parts_and_a_second_start_finds_them(tmp_path, short, name):
+    first = train_mini.Course(name, tmp_path, torch.device("cpu"), math.inf)
+    first.parts()
+    assert first.finished
+    assert "2 of its decoder" in first.summary() and f"unet-{name} 2 steps of 2" in first.summary()
+    second = train_mini.Course(name, tmp_path, torch.device("cpu"), minutes=0)
+    second.parts()
+    assert second.finished and second.summary() == first.summary()
+    for ours, theirs in ((first.vae, second.vae), (first.unet, second.unet)):
+        assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters()))
+
+
+@torch.enable_grad()
+def test_the_decoder_goes_on_alone_and_latents_stay_as_they_are(tmp_path, short):
+    course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), math.inf)
+    course.budget = replace(short, decoder=0)
+    before, finished = course._autoencoder()
+    assert finished
+    course.budget = short
+    after, finished = course._autoencoder()
+    assert finished and autoencoder.encoder_digest(before) == autoencoder.encoder_digest(after)
+    pictures = torch.rand(1, 3, 64, 64)
+    assert torch.equal(before.encode(pictures).latent_dist.mean, after.encode(pictures).latent_dist.mean)
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
+
+def test_another_encoder_has_another_name():
+    torch.manual_seed(6)
+    one, other = networks.autoencoder(), networks.autoencoder()
+    other.encoder.load_state_dict(one.encoder.state_dict())
+    other.quant_conv.load_state_dict(one.quant_conv.state_dict())
+    assert autoencoder.encoder_digest(one) == autoencoder.encoder_digest(other)
+    with torch.no_grad():
+        other.quant_conv.bias[0] += 1
+    assert autoencoder.encoder_digest(one) != autoencoder.encoder_digest(other)
 
 
 @pytest.fixture(scope="module")
