@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from lib_hires.engines.checkpoint import digest_of
 from lib_hires.engines.sidecar import SMALL_FOLDER
@@ -114,13 +115,13 @@ class Course:
         if processes > 1:
             self._check_sharing(processes)
         torch.manual_seed(0)
-        self.vae, vae_done = self._autoencoder()
+        self.vae, encoder_done, decoder_done = self._autoencoder()
         self.towers, text_done = self._text_encoders()
         self.unet, self.finished = networks.unet(self.layout), False
-        if vae_done and text_done:
+        if encoder_done and text_done:  # all that the UNet depends on; where the time is over its state is still loaded
             if processes > 1 and self._left() > 0:
                 together.run(_train_unet, processes, self.name, self.work.parent, self._left())
-            self.finished = self._unet()
+            self.finished = self._unet() and decoder_done
 
     def summary(self) -> str:
         """What was trained, for the file's card."""
@@ -137,7 +138,8 @@ class Course:
         """Minutes; the same in all processes of a training, since all must begin a part or none."""
         return together.average([], (self.end - time.monotonic()) / 60)[0]
 
-    def _autoencoder(self):
+    def _autoencoder(self) -> tuple[AutoencoderKL, bool, bool]:
+        """The autoencoder, and whether its encoder and its decoder are finished."""
         read = autoencoder.Read(networks.autoencoder()).to(self.device)
         crops = functools.cache(autoencoder.Crops)
         for name, steps, sizes, rate in (
@@ -151,7 +153,7 @@ class Course:
                     self._left(),
                 )
             if not training.finished:
-                return training.mean.vae, False
+                return training.mean.vae, False, False
             read.load_state_dict(training.mean.state_dict())
         pictures = _pictures(64, seed=98).to(self.device)
         vae = self._standardised(training.mean.vae.to(memory_format=torch.channels_last), pictures)
@@ -162,7 +164,7 @@ class Course:
             f"autoencoder {self.budget.crops} and {before} steps, {training.done} of its decoder, "
             f"{autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
         )
-        return vae, training.finished
+        return vae, True, training.finished
 
     def _decoder(self, vae, crops) -> Training:
         vae.decoder.requires_grad_(True)

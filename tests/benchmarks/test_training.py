@@ -120,14 +120,25 @@ def test_a_course_goes_from_nothing_to_all_parts_and_a_second_start_finds_them(t
 
 
 @torch.enable_grad()
+def test_an_unfinished_decoder_hides_no_finished_unet(tmp_path, short):
+    whole = train_mini.Course("sdxl", tmp_path, torch.device("cpu"), math.inf)
+    whole.parts()
+    longer = train_mini.Course("sdxl", tmp_path, torch.device("cpu"), minutes=0)
+    longer.budget = replace(short, decoder=3)
+    longer.parts()
+    assert not longer.finished and "2 of its decoder" in longer.summary()
+    assert all(torch.equal(one, other) for one, other in zip(whole.unet.parameters(), longer.unet.parameters()))
+
+
+@torch.enable_grad()
 def test_the_decoder_goes_on_alone_and_latents_stay_as_they_are(tmp_path, short):
     course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), math.inf)
     course.budget = replace(short, decoder=0)
-    before, finished = course._autoencoder()
-    assert finished
+    before, *finished = course._autoencoder()
+    assert all(finished)
     course.budget = short
-    after, finished = course._autoencoder()
-    assert finished and autoencoder.encoder_digest(before) == autoencoder.encoder_digest(after)
+    after, *finished = course._autoencoder()
+    assert all(finished) and autoencoder.encoder_digest(before) == autoencoder.encoder_digest(after)
     pictures = torch.rand(1, 3, 64, 64)
     assert torch.equal(before.encode(pictures).latent_dist.mean, after.encode(pictures).latent_dist.mean)
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
