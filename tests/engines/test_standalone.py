@@ -60,11 +60,14 @@ def test_other_seeds_give_other_pictures(engine):
 
 @pytest.mark.parametrize("sampler", ("euler", *ADDING_NOISE))
 def test_image_k_of_a_batch_equals_the_same_image_alone(engine, sampler):
-    """To float tolerance: matrix products over another batch size may add up in another order."""
+    """To float tolerance: matrix products over another batch size may add up in another order.
+
+    Measured: up to 3e-4 (dpm2_a); other seeds differ by more than 0.1 in the mean (above).
+    """
     batch = engine.generate(Job("a star", seed=5, batch=3, sampler=sampler, **SMALL))
     for index in range(3):
         alone = engine.generate(Job("a star", seed=5 + index, sampler=sampler, **SMALL))
-        torch.testing.assert_close(batch.latents[index], alone.latents[0], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(batch.latents[index], alone.latents[0], atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ("euler", *ADDING_NOISE))
