@@ -105,6 +105,11 @@ class CanvasMethod(Method):
         if self.published and (self.wrap_x or self.wrap_y):
             raise SettingError("published", True, "false where 'wrap_x' or 'wrap_y' is true", "Switch one of them off.")
 
+    def not_published_at(self, size: Size, way: str) -> SettingError:
+        """The error of a `published` that is not for pictures of `size`; `way`: which it is for, in a sentence."""
+        height, width = (length * LATENT_FACTOR for length in size)
+        return SettingError("published", True, f"false for {width}x{height}", way)
+
     def local(self, model: Model) -> Local:
         """The views. Raises `SettingError` where they leave gaps."""
         window = max(1, (self.view_size or model.native) // LATENT_FACTOR)
@@ -269,12 +274,8 @@ class StagedMethod(CanvasMethod):
     def _published_stages(self, model: Model, size: Size, native: int) -> tuple[Stage, ...]:
         longest = max(size)
         if longest % native:
-            raise SettingError(
-                "published",
-                True,
-                f"false for {size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}",
-                f"The published stages reach whole multiples of {model.native} on the longer side only.",
-            )
+            way = f"The published stages reach whole multiples of {model.native} on the longer side only."
+            raise self.not_published_at(size, way)
         count = longest // native
         result = [Stage(tuple(length // count for length in size))]
         for scale in range(2, count + 1):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..config.common import Common
-from ..config.errors import SettingError
 from ..config.settings import setting
 from ..plan.models import LATENT_FACTOR, Model
 from ..plan.route import Size
@@ -53,12 +52,7 @@ class MixtureOfDiffusers(CanvasMethod):
         local = self.local(model)
         if self.published and not local.fills(size):
             window, step = (LATENT_FACTOR * lengths[0] for lengths in (local.window, local.stride))
-            raise SettingError(
-                "published",
-                True,
-                f"false for {size[1] * LATENT_FACTOR}x{size[0] * LATENT_FACTOR}",
-                f"Published views fill sides of {window} and any number of {step} more.",
-            )
+            raise self.not_published_at(size, f"Published views fill sides of {window} and any number of {step} more.")
         return super().stages(model, size, common, started)
 
     def local(self, model: Model) -> Local:
