@@ -24,9 +24,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def add_options(parser: argparse.ArgumentParser, out: str, page: str, section: str) -> None:
-    """`--out` and `--publish`: into `section` of `page`, or where it was not a CPU into that with "-gpu" behind its name."""
+    """`--out` and `--publish`: into `section` of `page`, or the one that is named; with "-gpu" behind it where it was no CPU."""
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where the figures go (default {out})")
-    parser.add_argument("--publish", action="store_true", help=f"put the table into docs/{page}, between its marks")
+    parser.add_argument(
+        "--publish", nargs="?", const=True, metavar="SECTION", help=f"put the table into docs/{page}, between its marks"
+    )
     parser.set_defaults(page=page, section=section)
 
 
@@ -57,7 +59,8 @@ def finish(
     options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if options.publish:
-        publish(DOCS / options.page, options.section + ("" if _is_cpu(head) else "-gpu"), text)
+        section = options.section if options.publish is True else options.publish
+        publish(DOCS / options.page, section + ("" if _is_cpu(head) else "-gpu"), text)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -89,9 +92,9 @@ def command_of(module: str, arguments: Sequence[str] | None) -> list[str]:
     kept = []
     while given:
         word = given.pop(0)
-        if word == "--out":
+        if word == "--out" or (word == "--publish" and given and not given[0].startswith("--")):
             del given[:1]
-        elif word != "--publish" and not word.startswith("--out="):
+        elif word != "--publish" and not word.startswith(("--out=", "--publish=")):
             kept.append(word)
     return [module, *kept]
 

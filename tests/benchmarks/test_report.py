@@ -58,6 +58,8 @@ def test_where_figures_come_from_is_what_is_here():
         (["--publish", "--rounds", "3", "--out=x.json"], ["--rounds", "3"]),
         (["--methods", "two", "--publish", "--out", "--x"], ["--methods", "two"]),
         (["--scales", "2", "4", "--publish"], ["--scales", "2", "4"]),
+        (["--publish", "two", "--rounds", "3"], ["--rounds", "3"]),
+        (["--publish=two", "--rounds", "3"], ["--rounds", "3"]),
     ],
 )
 def test_a_command_is_told_without_where_its_figures_go(given, kept):
@@ -74,6 +76,15 @@ def test_figures_are_written_printed_and_published_at_the_marks_alone(page, tmp_
     assert page.read_text() == PAGE.replace("old", text)
     report.finish(options, ["benchmarks.x"], HEAD, {}, "| newer |")
     assert page.read_text() == PAGE.replace("old", text.replace("table", "newer"))
+
+
+def test_figures_go_to_the_section_that_is_named(page, tmp_path):
+    options = options_of("--out", str(tmp_path / "x.json"), "--publish", "two")
+    report.finish(options, ["m"], HEAD, {}, "| table |")
+    text = f"{report.in_words(HEAD, ['m'])}\n\n| table |\n"
+    assert page.read_text() == PAGE.replace("<!-- two -->\n", f"<!-- two -->\n{text}")
+    with pytest.raises(SystemExit, match="has no marks for 'three'"):
+        report.finish(options_of("--publish", "three", "--out", str(tmp_path / "x.json")), ["m"], HEAD, {}, "| table |")
 
 
 def test_a_page_is_left_alone_unless_it_is_asked_for(page, tmp_path):
