@@ -5,6 +5,7 @@ weights and inputs. A round runs every variant once over a whole clock of N call
 round, and compares within the round; the table gives the median ratio to plain and its spread over the rounds.
 
     python -m benchmarks.speed                     reduced widths on the CPU
+    python -m benchmarks.speed --full --dtype bf16 --calls 5 --rounds 1 --cold    full widths on a CPU, in half an hour
     python -m benchmarks.speed --device cuda       full SD1.5 and SDXL in fp16
     python -m benchmarks.speed --device cuda --dtype bf16 --batches 2 8 --scales 2 4 --compiled
 
@@ -40,14 +41,16 @@ Run = Callable[[], None]
 class Setup:
     """One network at one size: builds its variants as functions that make one clock of calls."""
 
-    def __init__(self, network: Network, scale: float, batch: int, device: torch.device, dtype: torch.dtype):
-        self.network, self.device = network, device
+    def __init__(
+        self, network: Network, scale: float, batch: int, device: torch.device, dtype: torch.dtype, calls: int = CALLS
+    ):
+        self.network, self.device, self.calls = network, device, calls
         side = int(network.native * scale)
         self.size, self.batch = (side, side), batch
         self.unet = network.build(device, dtype)
         self._copies: dict[str, torch.nn.Module] = {}
         self.x, self.kwargs = network.inputs(self.size, batch, device, dtype)
-        self.timesteps = [torch.tensor(float(999 - i * 1000 // CALLS), device=device) for i in range(CALLS)]
+        self.timesteps = [torch.tensor(float(999 - i * 1000 // calls), device=device) for i in range(calls)]
 
     def variants(self) -> dict[str, Run]:
         """Name -> one clock of calls."""
@@ -80,7 +83,7 @@ class Setup:
         for _ in range(10):
             started = time.perf_counter()
             with lib_hires.patched(self.unet, method, native_size=self.network.native * 8) as session:
-                session.at(timestep=999, step=0, steps=CALLS)
+                session.at(timestep=999, step=0, steps=self.calls)
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
@@ -94,7 +97,7 @@ class Setup:
         unet = self.unet if unet is None else unet
         with lib_hires.patched(unet, method, native_size=self.network.native * 8) as session:
             for step, timestep in enumerate(self.timesteps):
-                session.at(timestep=999 - step * 1000 // CALLS, step=step, steps=CALLS)
+                session.at(timestep=999 - step * 1000 // self.calls, step=step, steps=self.calls)
                 unet(self.x, timestep, **self.kwargs)
 
     def with_tome(self) -> None:
@@ -147,7 +150,7 @@ class Setup:
             xl = self.network.layout == "sdxl"
             family = "stabilityai/stable-diffusion-xl-base-1.0" if xl else "runwayml/stable-diffusion-v1-5"
             unet = copy.deepcopy(self.unet)
-            apply_hidiffusion(DiffusionPipeline(unet, family, CALLS), **options)
+            apply_hidiffusion(DiffusionPipeline(unet, family, self.calls), **options)
             self._copies[key] = unet
         return self._copies[key]
 
@@ -180,19 +183,28 @@ class DiffusionPipeline:
 
 
 @torch.no_grad()
-def measure(setup: Setup, rounds: int, compiled: bool = False) -> list[dict]:
-    """Median seconds a call, ratio to plain (median, least, greatest) and peak memory of each variant."""
+def measure(
+    setup: Setup, rounds: int, compiled: bool = False, chosen: Sequence[str] = (), cold: bool = False
+) -> list[dict]:
+    """Median seconds a call, ratio to plain (median, least, greatest) and peak memory of each variant.
+
+    `chosen`: besides plain, these alone. `cold`: without a round before the first that counts.
+    """
     variants = setup.variants() | (setup.compiled() if compiled else {})
+    unknown = [name for name in chosen if name not in variants]
+    if unknown:
+        raise SystemExit(f"Hires Lab: '--variants' is '{unknown[0]}', must be among: {', '.join(variants)}.")
+    variants = {name: run for name, run in variants.items() if not chosen or name in ("plain", *chosen)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
-    for number in range(rounds + 1):  # round 0 warms up and measures memory
+    for number in range(int(cold), rounds + 1):  # round 0 warms up; memory is measured in every round
         names = list(variants) if number % 2 else list(reversed(variants))
         for name in names:
             gc.collect()
             with peak_memory(setup.device) as peak:
                 seconds_taken = timed(variants[name], setup.device)
             if number:
-                seconds[name].append(seconds_taken / CALLS)
+                seconds[name].append(seconds_taken / setup.calls)
             peaks[name] = max(peaks.get(name, 0), peak.growth)
     return [_row(setup, name, seconds[name], seconds["plain"], peaks) for name in variants]
 
@@ -260,17 +272,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--batches", type=int, nargs="+", default=[2], help="rows of a call (2: a picture with guidance)"
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: fp16 on cuda, fp32 on a CPU")
+    parser.add_argument("--full", action="store_true", help="full widths on a CPU too")
+    parser.add_argument("--calls", type=int, default=CALLS, help=f"calls of one clock (default {CALLS})")
+    parser.add_argument("--cold", action="store_true", help="no round to warm up: where one takes many minutes")
+    parser.add_argument("--variants", nargs="+", default=[], help="names from the table, besides plain (default: all)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes a size)")
     add_options(parser, "out/bench.json", "benchmarks.md", "speed")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = dtype_of(options.dtype, device)
-    head = {**about(device, dtype), "rounds": options.rounds, "calls a round": CALLS}
+    head = {**about(device, dtype), "rounds": options.rounds, "calls a round": options.calls}
+    networks = FULL if options.full else networks_for(device)
     rows, changes = [], {}
     for layout in options.layouts:
         for scale, batch in ((scale, batch) for scale in options.scales for batch in options.batches):
-            setup = Setup(networks_for(device)[layout], scale, batch, device, dtype)
-            rows += measure(setup, options.rounds, options.compiled)
+            setup = Setup(networks[layout], scale, batch, device, dtype, options.calls)
+            rows += measure(setup, options.rounds, options.compiled, options.variants, options.cold)
             changes[layout] = setup.install_and_restore(HiDiffusion())
             print(f"{layout} at {scale:g} times its native size, batch {batch}: done", flush=True)
     told = ", ".join(f"{layout} {seconds * 1e3:.1f} ms" for layout, seconds in changes.items())

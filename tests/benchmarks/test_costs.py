@@ -65,6 +65,22 @@ def test_installing_and_restoring_takes_time_and_changes_nothing(setup):
     assert list(setup.unet.state_dict()) == keys
 
 
+def test_a_clock_has_as_many_calls_as_are_asked_for_and_the_chosen_variants_beside_plain(monkeypatch):
+    setup = speed.Setup(REDUCED["sd15"], 0.5, 1, CPU, torch.float32, calls=3)
+    assert [int(timestep) for timestep in setup.timesteps] == [999, 666, 333]
+    asked = []
+    monkeypatch.setattr(speed, "timed", lambda run, _device: asked.append(run) or run() or 6.0)
+    calls = []
+    handle = setup.unet.register_forward_hook(lambda *_: calls.append(1))
+    rows = speed.measure(setup, rounds=2, chosen=["ours: HiDiffusion"], cold=True)
+    handle.remove()
+    assert [row["variant"] for row in rows] == ["plain", "ours: HiDiffusion"]
+    assert (len(asked), len(calls)) == (4, 12)
+    assert [row["seconds_a_call"] for row in rows] == [2.0, 2.0]
+    with pytest.raises(SystemExit, match="'--variants' is 'other', must be among: plain, ours: HiDiffusion,"):
+        speed.measure(setup, rounds=1, chosen=["other"])
+
+
 def test_exponents_are_those_of_powers():
     points = [(size, 3 * size**1.7) for size in (1, 2, 4, 8)]
     assert growth.exponent(points) == pytest.approx(1.7)
