@@ -12,7 +12,7 @@ import argparse
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from lib_hires.engines.checkpoint import digest_of
+from lib_hires.engines.checkpoint import BUNDLED, digest_of, load
 from lib_hires.engines.sidecar import SMALL_FOLDER
 
 from .mini import autoencoder, denoiser, export, judge, networks, scenes, together, vocabulary, words
@@ -47,6 +47,19 @@ class Budget:
     rate: float = 8e-4
 
 
+@dataclass(frozen=True)
+class Term:
+    """A part of the UNet's training: on pictures of `side` latents cut from so many `scenes`; `seed`: of its batches."""
+
+    name: str
+    side: int
+    steps: int
+    batch: int
+    scenes: int
+    rate: float
+    seed: int
+
+
 BUDGETS = {
     "cpu": Budget(crops=2600, pictures=1400, decoder=3000, text=700, half=(3000, 48, 6000), native=(1600, 24, 4000), rate=1e-3),
     "cuda": Budget(crops=20000, pictures=10000, decoder=30000, text=3000, half=(20000, 128, 40000), native=(30000, 128, 40000)),
@@ -64,16 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocabulary.save(SMALL_FOLDER, words.all_words())
         print(f"{SMALL_FOLDER} is written: {vocabulary.size()} tokens")
         return 0
-    course = Course(options.layout, options.work, torch.device(options.device), options.minutes)
+    told = options.layout, options.work, torch.device(options.device), options.minutes, options.bf16
+    file = BUNDLED.with_name(f"scenes-{options.layout}.safetensors")
+    course = Further(*told, file=file, steps=options.further) if options.further else Course(*told)
     course.parts(options.processes)
     if not course.finished and not options.anyway:
         print(UNFINISHED)
         return 1
-    out = options.out or options.work / f"scenes-{options.layout}.safetensors"
+    out, summary = options.out or options.work / f"scenes-{options.layout}.safetensors", course.summary()
     lender = BESIDE if course.layout.family == "sdxl" else ""
     encoders = course.towers.text_encoders
-    export.save(out, course.layout, course.unet, course.vae, encoders, f"{DESCRIPTION}: {course.summary()}", lender)
-    print(f"{out} and its yaml are written: {course.summary()}")
+    export.save(out, course.layout, course.unet, course.vae, encoders, f"{DESCRIPTION}: {summary}", lender)
+    print(f"{out} and its yaml are written: {summary}")
     if lender:
         print(f"It is drawn with the autoencoder of {lender}, which must lie beside it.")
     return 0
@@ -83,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_mini", description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=list(networks.LAYOUTS), default="sd15", help="whose blocks the UNet has")
     parser.add_argument("--judge", action="store_true", help="train the quality bench's judge instead, on the CPU")
+    parser.add_argument(
+        "--further", type=int, default=0, help="train the bundled file's UNet so many steps further, instead of from nothing"
+    )
+    parser.add_argument("--bf16", action="store_true", help="train the UNet in bfloat16, where the device is fast in it")
     parser.add_argument("--vocabulary", action="store_true", help="write the small models' vocabulary instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="where states and latents are kept")
@@ -99,49 +118,74 @@ def _parser() -> argparse.ArgumentParser:
 class Course:
     """All parts in their order, each from its kept state; the autoencoder and the latents serve every layout."""
 
-    def __init__(self, layout: str, work: Path, device: torch.device, minutes: float):
-        self.name, self.layout = layout, networks.LAYOUTS[layout]
+    def __init__(self, layout: str, work: Path, device: torch.device, minutes: float, bf16: bool = False):
+        self.name, self.layout, self.bf16 = layout, networks.LAYOUTS[layout], bf16
         self.work, self.device = work / device.type, device
         self.budget = BUDGETS[device.type]
         self.end = time.monotonic() + 60 * minutes
         self.finished = False
-        self.notes: list[str] = []
+        self._notes: list[Callable[[], str]] = []  # what takes time to measure is measured for the summary alone
 
     def parts(self, processes: int = 1) -> None:
         """Train each part as far as time allows, the UNet in so many processes, which leave its states to be loaded here.
 
-        Raises ValueError where the processes cannot share the batches evenly or the device is not the CPU.
+        Raises `SystemExit` where the processes cannot share the batches evenly or the device is not the CPU.
         """
         if processes > 1:
             self._check_sharing(processes)
         torch.manual_seed(0)
-        self.vae, encoder_done, decoder_done = self._autoencoder()
-        self.towers, text_done = self._text_encoders()
-        self.unet, self.finished = networks.unet(self.layout), False
-        if encoder_done and text_done:  # all that the UNet depends on; where the time is over its state is still loaded
+        ready, decoder_done = self._before()
+        if ready:  # where the time is over the UNet's state is still loaded
             if processes > 1 and self._left() > 0:
-                together.run(_train_unet, processes, self.name, self.work.parent, self._left())
+                together.run(_train_unet, processes, type(self), self._told(), self._left())
             self.finished = self._unet() and decoder_done
 
     def summary(self) -> str:
         """What was trained, for the file's card."""
-        return "; ".join(self.notes)
+        return "; ".join(note() for note in self._notes)
+
+    def _told(self) -> dict:
+        """What another process makes the same course of, but for its time."""
+        return {"layout": self.name, "work": self.work.parent, "device": self.device, "bf16": self.bf16}
+
+    def _before(self) -> tuple[bool, bool]:
+        """Train what comes before the UNet; returns whether all that it depends on is finished, and the decoder alone."""
+        self.vae, encoder_done = self._autoencoder()
+        decoder_done = encoder_done and self._decoder()
+        self.towers, text_done = self._text_encoders()
+        self.unet = networks.unet(self.layout)
+        return encoder_done and text_done, decoder_done
+
+    def _terms(self) -> list[Term]:
+        """The UNet's, one after the other."""
+        half, native, rate, side = self.budget.half, self.budget.native, self.budget.rate, networks.LATENTS
+        return [
+            Term(f"unet-{self.name}-half", side // 2, *half, rate, seed=side // 2),
+            Term(f"unet-{self.name}", side, *native, rate / 2, seed=side),
+        ]
 
     def _check_sharing(self, processes: int) -> None:
         batches = [batch for _, batch, _ in (self.budget.half, self.budget.native)]
         if self.device.type != "cpu" or any(batch % processes for batch in batches):
-            raise ValueError(
-                f"--processes is for the CPU and must divide {batches[0]} and {batches[1]}: leave it out, or take 2 or 4."
+            raise SystemExit(
+                f"Hires Lab: '--processes' is {processes}, must divide {batches[0]} and {batches[1]}, and the device be the CPU: "
+                "leave it out, or take 2 or 4."
             )
 
     def _left(self) -> float:
         """Minutes; the same in all processes of a training, since all must begin a part or none."""
         return together.average([], (self.end - time.monotonic()) / 60)[0]
 
-    def _autoencoder(self) -> tuple[AutoencoderKL, bool, bool]:
-        """The autoencoder, and whether its encoder and its decoder are finished."""
+    @functools.cached_property
+    def _crops(self) -> autoencoder.Crops:
+        return autoencoder.Crops()
+
+    def _crop(self, step: int, sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        return self._crops.batch(step, sizes).to(self.device)
+
+    def _autoencoder(self) -> tuple[AutoencoderKL, bool]:
+        """The autoencoder, and whether it is finished but for the decoder's part alone."""
         read = autoencoder.Read(networks.autoencoder()).to(self.device)
-        crops = functools.cache(autoencoder.Crops)
         for name, steps, sizes, rate in (
             ("read-crops", self.budget.crops, autoencoder.CROPPED, 1e-3),
             ("read", self.budget.pictures, autoencoder.WHOLE, 5e-4),
@@ -149,41 +193,41 @@ class Course:
             training = Training(read, self.work / f"{name}.pt", steps, rate=rate, warm=50, average=0.99)
             if not training.finished and self._left() > 0:
                 training.run(
-                    lambda step, sizes=sizes: autoencoder.loss_of(read, crops().batch(step, sizes).to(self.device)),
+                    lambda step, sizes=sizes: autoencoder.loss_of(read, self._crop(step, sizes), step),
                     self._left(),
                 )
             if not training.finished:
-                return training.mean.vae, False, False
+                return training.mean.vae, False
             read.load_state_dict(training.mean.state_dict())
-        pictures = _pictures(64, seed=98).to(self.device)
-        vae = self._standardised(training.mean.vae.to(memory_format=torch.channels_last), pictures)
-        before = training.done
-        training = self._decoder(vae, crops)
-        vae = training.mean
-        self.notes.append(
-            f"autoencoder {self.budget.crops} and {before} steps, {training.done} of its decoder, "
-            f"{autoencoder.fidelity(vae, pictures[:16]):.1f} dB"
-        )
-        return vae, True, training.finished
+        self._notes.append(lambda: f"autoencoder {self.budget.crops} and {training.done} steps")
+        return self._standardised(training.mean.vae.to(memory_format=torch.channels_last)), True
 
-    def _decoder(self, vae, crops) -> Training:
+    def _decoder(self) -> bool:
+        """Train the autoencoder's decoder alone, on latents that stay as they are; returns whether that is finished."""
+        vae = self.vae
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
         path = self.work / f"decoder-{autoencoder.encoder_digest(vae)}.pt"  # of another encoder's latents it begins anew
         training = Training(vae, path, self.budget.decoder, rate=2e-4, warm=50, average=0.99)
         if not training.finished and self._left() > 0:
             training.run(
-                lambda step: autoencoder.decoder_loss_of(vae, crops().batch(step, autoencoder.WHOLE).to(self.device)),
-                self._left(),
+                lambda step: autoencoder.decoder_loss_of(vae, self._crop(step, autoencoder.WHOLE), step), self._left()
             )
-        return training
+        self.vae = training.mean
+        self._notes.append(
+            lambda: f"its decoder alone {training.done} steps, {autoencoder.fidelity(self.vae, self._unseen(16)):.1f} dB"
+        )
+        return training.finished
 
-    def _standardised(self, vae, pictures: torch.Tensor):
+    def _unseen(self, count: int) -> torch.Tensor:
+        return _pictures(count, seed=98).to(self.device)
+
+    def _standardised(self, vae: AutoencoderKL) -> AutoencoderKL:
         """The autoencoder with standard latents; kept, since another number of threads would round otherwise."""
         path, made_from = self.work / "vae-standard.pt", digest_of(vae.state_dict())
         kept = torch.load(path, map_location=self.device, weights_only=True) if path.exists() else {}
         if kept.get("made_from") != made_from:
-            autoencoder.standardise(vae, pictures)
+            autoencoder.standardise(vae, self._unseen(64))
             kept = {"made_from": made_from, "state": vae.state_dict()}
             keep(kept, path)
         vae.load_state_dict(kept["state"])
@@ -192,39 +236,63 @@ class Course:
     def _text_encoders(self):
         probed = words.Probed(words.Towers(self.layout))
         training = Training(probed, self.work / f"text-{self.name}.pt", self.budget.text, rate=2e-3, average=0.99)
-        generator = np.random.default_rng([5, training.done])
-        training.run(lambda _step: words.loss_of(probed, generator), self._left())
-        right = words.accuracy(training.mean, np.random.default_rng(1))
-        self.notes.append(f"text {training.done} steps, probes right {right:.3f}")
+        training.run(lambda step: words.loss_of(probed, np.random.default_rng([5, step])), self._left())
+        self._notes.append(
+            lambda: f"text {training.done} steps, probes right "
+            f"{words.accuracy(training.mean, np.random.default_rng(1)):.3f}"
+        )
         return training.mean.towers, training.finished
 
     def _unet(self) -> bool:
         contexts = denoiser.Contexts(self.towers)
-        unet = networks.unet(self.layout).to(self.device, memory_format=torch.channels_last)
-        half, native = self.budget.half, self.budget.native
+        unet = self.unet.to(self.device, memory_format=torch.channels_last)
         latents_of = autoencoder.encoder_digest(self.vae)
-        self.unet = unet
-        for name, side, (steps, batch, count), rate in (
-            (f"unet-{self.name}-half", networks.LATENTS // 2, half, self.budget.rate),
-            (f"unet-{self.name}", networks.LATENTS, native, self.budget.rate / 2),
-        ):
-            path = self.work / f"{name}-{latents_of}.pt"  # with another encoder training begins anew
-            training = Training(unet, path, steps, rate=rate, warm=200, average=0.998)
+        for term in self._terms():
+            path = self.work / f"{term.name}-{latents_of}.pt"  # with another encoder training begins anew
+            training = Training(unet, path, term.steps, rate=term.rate, warm=200, average=0.998)
             if not training.finished and self._left() > 0:
-                pool = denoiser.make_pool(self.vae, self.work, side, count)
-                lessons = denoiser.Lessons(pool, contexts, batch, seed=side)
+                pool = denoiser.make_pool(self.vae, self.work, term.side, term.scenes)
+                lessons = denoiser.Lessons(pool, contexts, term.batch, seed=term.seed, bf16=self.bf16)
                 training.run(lambda step, lessons=lessons: lessons.loss_of(unet, step), self._left())
             self.unet = training.mean
-            self.notes.append(f"{name} {training.done} steps of {batch}, loss {np.mean(training.losses[-200:]):.4f}")
+            loss = np.mean(training.losses[-200:])
+            told = f"{term.name} {training.done} steps of {term.batch}, loss {loss:.4f}"
+            self._notes.append(lambda told=told: told)
             if not training.finished:
                 return False
             unet.load_state_dict(training.mean.state_dict())
         return True
 
 
-def _train_unet(layout: str, work: Path, minutes: float) -> None:
+class Further(Course):
+    """The UNet of a written `file` goes on for so many `steps` at the native size; the file's other parts stay as they are."""
+
+    def __init__(self, *told, file: Path, steps: int, **more):
+        super().__init__(*told, **more)
+        self.file, self.steps = file, steps
+
+    def _told(self) -> dict:
+        return {**super()._told(), "file": self.file, "steps": self.steps}
+
+    def _before(self) -> tuple[bool, bool]:
+        found = load(self.file, device=self.device)
+        self.vae, self.towers, self.unet = found.vae, words.Towers(self.layout), networks.unet(self.layout)
+        for ours, theirs in zip(self.towers.text_encoders, found.text_encoders):
+            ours.load_state_dict(theirs.state_dict())
+        self.unet.load_state_dict(found.unet.state_dict())
+        self._notes.append(lambda: f"from {self.file.name}")
+        return True, True
+
+    def _terms(self) -> list[Term]:
+        start = digest_of(self.unet.state_dict())
+        steps, (_, batch, scenes) = self.steps, self.budget.native
+        name = f"unet-{self.name}-from-{start}"
+        return [Term(name, networks.LATENTS, steps, batch, scenes, self.budget.rate / 2, seed=int(start, 16))]
+
+
+def _train_unet(kind: type[Course], told: dict, minutes: float) -> None:
     """One of several processes' part; what comes before the UNet is trained already."""
-    Course(layout, work, torch.device("cpu"), minutes).parts()
+    kind(**told, minutes=minutes).parts()
 
 
 def _train_judge(options: argparse.Namespace) -> int:

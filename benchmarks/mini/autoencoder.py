@@ -102,21 +102,24 @@ class Read(nn.Module):
         return mean, covariance
 
 
-def loss_of(read: Read, pictures: torch.Tensor) -> torch.Tensor:
-    """Difference of colours and of their steps, of the latents' covariance from unit, and of the colours read from them."""
+def loss_of(read: Read, pictures: torch.Tensor, step: int) -> torch.Tensor:
+    """Difference of colours and of their steps, of the latents' covariance from unit, and of the colours read from them.
+
+    The noise before the decoder is the step's own.
+    """
     latents = read.vae.encode(pictures).latent_dist.mean
-    loss = _difference(read.vae, latents, pictures, NOISE)
+    loss = _difference(read.vae, latents, pictures, NOISE, step)
     mean, covariance = read.recent(latents)
     apart = ((covariance - torch.eye(len(mean)).to(mean)).square().mean() + mean.square().mean()) / RECENT
     seen = functional.avg_pool2d(pictures, LATENT_FACTOR)
     return loss + APART * apart + READ * (read.colours(latents) - seen).square().mean()
 
 
-def decoder_loss_of(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Difference of colours and of their steps, for the decoder alone."""
+def decoder_loss_of(vae: AutoencoderKL, pictures: torch.Tensor, step: int) -> torch.Tensor:
+    """Difference of colours and of their steps, for the decoder alone; the noise before it is the step's own."""
     with torch.no_grad():
         latents = vae.encode(pictures).latent_dist.mean
-    return _difference(vae, latents, pictures, LATER_NOISE)
+    return _difference(vae, latents, pictures, LATER_NOISE, step)
 
 
 def encoder_digest(vae: AutoencoderKL) -> str:
@@ -124,8 +127,9 @@ def encoder_digest(vae: AutoencoderKL) -> str:
     return digest_of({**vae.encoder.state_dict(), **{f"quant.{k}": v for k, v in vae.quant_conv.state_dict().items()}})
 
 
-def _difference(vae: AutoencoderKL, latents: torch.Tensor, pictures: torch.Tensor, noise: float) -> torch.Tensor:
-    drawn = vae.decode(latents + noise * torch.randn_like(latents)).sample
+def _difference(vae, latents: torch.Tensor, pictures: torch.Tensor, noise: float, step: int) -> torch.Tensor:
+    added = noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+    drawn = vae.decode(latents + added.to(latents.device)).sample
     loss = (drawn - pictures).abs().mean() + 0.5 * (drawn - pictures).square().mean()
     for axis in (2, 3):
         loss = loss + (drawn.diff(dim=axis) - pictures.diff(dim=axis)).abs().mean()

@@ -149,10 +149,10 @@ class Contexts:
 
 
 class Lessons:
-    """Batches of noisy latents and their loss."""
+    """Batches of noisy latents and their loss. `bf16`: the UNet computes in bfloat16; weights and loss stay as they are."""
 
-    def __init__(self, pool: Pool, contexts: Contexts, batch: int, seed: int = 0):
-        self.pool, self.contexts, self.batch, self.seed = pool, contexts, batch, seed
+    def __init__(self, pool: Pool, contexts: Contexts, batch: int, seed: int = 0, bf16: bool = False):
+        self.pool, self.contexts, self.batch, self.seed, self.bf16 = pool, contexts, batch, seed, bf16
         scheduler = DDPMScheduler(beta_start=BETAS[0], beta_end=BETAS[1], beta_schedule="scaled_linear")
         self.kept = scheduler.alphas_cumprod
         snr = self.kept / (1 - self.kept)
@@ -181,13 +181,14 @@ class Lessons:
         noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         noisy = noisy.to(unet.device, memory_format=torch.channels_last)
         told = told.to(unet.device)
-        guess = unet(
-            noisy,
-            times.to(unet.device),
-            encoder_hidden_states=told.context,
-            added_cond_kwargs=told.added,
-            return_dict=False,
-        )[0]
+        with torch.autocast(unet.device.type, torch.bfloat16, enabled=self.bf16):
+            guess = unet(
+                noisy,
+                times.to(unet.device),
+                encoder_hidden_states=told.context,
+                added_cond_kwargs=told.added,
+                return_dict=False,
+            )[0]
         errors = (guess - noise.to(unet.device)).square().mean(dim=(1, 2, 3))
         return (self.weights[times].to(unet.device) * errors).mean()
 

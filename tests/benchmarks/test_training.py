@@ -1,5 +1,6 @@
 """Training the small models: states that go on, names that hosts know, words that tell everything."""
 
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -88,7 +89,7 @@ def test_when_one_process_is_out_of_time_all_stop_and_the_first_keeps_the_state(
 
 def test_processes_must_share_the_batches_evenly(tmp_path):
     course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), minutes=0)
-    with pytest.raises(ValueError, match="--processes is for the CPU and must divide"):
+    with pytest.raises(SystemExit, match="'--processes' is 7, must divide 48 and 24"):
         course.parts(7)
 
 
@@ -101,7 +102,8 @@ def short(monkeypatch):
     monkeypatch.setattr(autoencoder.Crops.__init__, "__defaults__", (1, 4))
     monkeypatch.setattr(denoiser, "CHUNK", 4)
     monkeypatch.setattr(networks, "LATENTS", 16)
-    monkeypatch.setattr(train_mini, "_pictures", lambda count, seed: torch.rand(4, 3, 64, 64) * 2 - 1)
+    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(train_mini, "_pictures", lambda count, seed: pictures)
     return budget
 
 
@@ -111,11 +113,26 @@ def test_a_course_goes_from_nothing_to_all_parts_and_a_second_start_finds_them(t
     first = train_mini.Course(name, tmp_path, torch.device("cpu"), math.inf)
     first.parts()
     assert first.finished
-    assert "2 of its decoder" in first.summary() and f"unet-{name} 2 steps of 2" in first.summary()
+    assert "its decoder alone 2 steps" in first.summary() and f"unet-{name} 2 steps of 2" in first.summary()
     second = train_mini.Course(name, tmp_path, torch.device("cpu"), minutes=0)
     second.parts()
     assert second.finished and second.summary() == first.summary()
     for ours, theirs in ((first.vae, second.vae), (first.unet, second.unet)):
+        assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters()))
+
+
+@torch.enable_grad()
+def test_a_course_stopped_after_every_step_ends_with_the_same_weights(tmp_path, short, monkeypatch):
+    whole = train_mini.Course("sdxl", tmp_path / "whole", torch.device("cpu"), math.inf)
+    whole.parts()
+    monkeypatch.setattr(train_mini.Course, "_left", lambda _self: 1e-9)  # minutes: each part makes a step and stops
+    for _start in range(12):
+        parts = train_mini.Course("sdxl", tmp_path / "parts", torch.device("cpu"), math.inf)
+        parts.parts()
+        if parts.finished:
+            break
+    assert parts.finished and _start > 2
+    for ours, theirs in ((whole.vae, parts.vae), (whole.towers, parts.towers), (whole.unet, parts.unet)):
         assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters()))
 
 
@@ -126,19 +143,18 @@ def test_an_unfinished_decoder_hides_no_finished_unet(tmp_path, short):
     longer = train_mini.Course("sdxl", tmp_path, torch.device("cpu"), minutes=0)
     longer.budget = replace(short, decoder=3)
     longer.parts()
-    assert not longer.finished and "2 of its decoder" in longer.summary()
+    assert not longer.finished and "its decoder alone 2 steps" in longer.summary()
     assert all(torch.equal(one, other) for one, other in zip(whole.unet.parameters(), longer.unet.parameters()))
 
 
 @torch.enable_grad()
 def test_the_decoder_goes_on_alone_and_latents_stay_as_they_are(tmp_path, short):
     course = train_mini.Course("sd15", tmp_path, torch.device("cpu"), math.inf)
-    course.budget = replace(short, decoder=0)
-    before, *finished = course._autoencoder()
-    assert all(finished)
-    course.budget = short
-    after, *finished = course._autoencoder()
-    assert all(finished) and autoencoder.encoder_digest(before) == autoencoder.encoder_digest(after)
+    course.vae, finished = course._autoencoder()
+    before = copy.deepcopy(course.vae)
+    assert finished and course._decoder()
+    after = course.vae
+    assert autoencoder.encoder_digest(before) == autoencoder.encoder_digest(after)
     pictures = torch.rand(1, 3, 64, 64)
     assert torch.equal(before.encode(pictures).latent_dist.mean, after.encode(pictures).latent_dist.mean)
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
@@ -172,7 +188,7 @@ def written(tmp_path_factory):
 
 
 def halves(module):
-    return {name: value.half().float().sum().item() for name, value in module.state_dict().items()}
+    return {name: value.half().double().contiguous().sum().item() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize(("name", "family"), [("sd15", "sd1"), ("sdxl", "sdxl")])
@@ -183,7 +199,7 @@ def test_a_written_checkpoint_loads_with_the_same_weights(written, name, family)
     assert found.scaling_factor == 1.0
     assert found.unet.config.attention_head_dim == unet.config.attention_head_dim
     for ours, theirs in ((unet, found.unet), (vae, found.vae), *zip(towers.text_encoders, found.text_encoders)):
-        assert halves(ours) == {name: value.sum().item() for name, value in theirs.state_dict().items()}
+        assert halves(ours) == halves(theirs)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -207,6 +223,26 @@ def test_a_file_without_its_autoencoder_takes_it_from_the_one_beside_it(written,
     shutil.copy(path, alone)
     with pytest.raises(MissingFile, match=r"scenes-sd15\.safetensors"):
         load(alone)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.enable_grad()
+def test_a_written_files_unet_goes_on_and_its_other_parts_stay(tmp_path, short, written, name):
+    file, unet, vae, towers = written[name]
+    told = {"layout": name, "work": tmp_path, "device": torch.device("cpu"), "file": file, "steps": 3, "bf16": True}
+    begun = train_mini.Further(**told, minutes=0)
+    begun.parts()
+    assert not begun.finished and halves(begun.unet) == halves(unet)
+    course = train_mini.Further(**told, minutes=math.inf)
+    course.parts()
+    assert course.finished and course.summary().startswith(f"from {file.name}") and "3 steps of 2" in course.summary()
+    assert halves(course.unet) != halves(unet)
+    assert all(parameter.dtype is torch.float32 for parameter in course.unet.parameters())
+    for ours, theirs in ((course.vae, vae), *zip(course.towers.text_encoders, towers.text_encoders)):
+        assert halves(ours) == halves(theirs)
+    again = train_mini.Further(**told, minutes=0)
+    again.parts()
+    assert again.finished and halves(again.unet) == halves(course.unet)
 
 
 def test_standardised_latents_are_standard_and_draw_the_same_picture():
@@ -237,7 +273,7 @@ def test_latents_on_a_line_cost_more_than_latents_that_differ(monkeypatch):
         found = SimpleNamespace(latent_dist=SimpleNamespace(mean=latents))
         monkeypatch.setattr(read.vae, "encode", lambda _pictures, found=found: found)
         monkeypatch.setattr(read.vae, "decode", lambda _latents: SimpleNamespace(sample=pictures))
-        costs.append([float(autoencoder.loss_of(read, pictures)) for _ in range(60)][-1])
+        costs.append([float(autoencoder.loss_of(read, pictures, step)) for step in range(60)][-1])
     assert costs[1] > costs[0] + 0.5
 
 
