@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,12 @@ from .report import about, add_options, command_of, finish, markdown_table
 
 CALLS = 10
 """UNet calls of one clock: 4 shrunk and 6 not in the published first regime."""
+PUBLISHED = {
+    "hidiffusion (PyPI)": {},
+    "hidiffusion, RAU-Net only": {"apply_window_attn": False},
+    "hidiffusion, windows only": {"apply_raunet": False},
+}
+"""Variants of the published HiDiffusion and what its function is told."""
 Run = Callable[[], None]
 
 
@@ -130,29 +137,21 @@ class Setup:
 
     def published(self) -> dict[str, Run]:
         """The published HiDiffusion on a copy of the UNet with the same weights (it changes classes and does not undo all)."""
-        try:
-            from hidiffusion import apply_hidiffusion
-        except ImportError:
+        if importlib.util.find_spec("hidiffusion") is None:
             return {}
-        runs = {}
-        for name, options in {
-            "hidiffusion (PyPI)": {},
-            "hidiffusion, RAU-Net only": {"apply_window_attn": False},
-            "hidiffusion, windows only": {"apply_raunet": False},
-        }.items():
-            runs[name] = lambda options=options: self.clock(self._published_unet(apply_hidiffusion, options))
-        return runs
+        return {name: lambda name=name: self.clock(self.published_unet(name)) for name in PUBLISHED}
 
-    def _published_unet(self, apply_hidiffusion: Callable, options: dict) -> torch.nn.Module:
-        """A copy with the published patches, made at the first run and kept."""
-        key = str(options)
-        if key not in self._copies:
+    def published_unet(self, name: str) -> torch.nn.Module:
+        """A copy with a variant's published patches, made when it is first asked for and kept."""
+        from hidiffusion import apply_hidiffusion
+
+        if name not in self._copies:
             xl = self.network.layout == "sdxl"
             family = "stabilityai/stable-diffusion-xl-base-1.0" if xl else "runwayml/stable-diffusion-v1-5"
             unet = copy.deepcopy(self.unet)
-            apply_hidiffusion(DiffusionPipeline(unet, family, self.calls), **options)
-            self._copies[key] = unet
-        return self._copies[key]
+            apply_hidiffusion(DiffusionPipeline(unet, family, self.calls), **PUBLISHED[name])
+            self._copies[name] = unet
+        return self._copies[name]
 
 
 def _tiled(blocks, height: int, width: int) -> list:
@@ -195,6 +194,9 @@ def measure(
     if unknown:
         raise SystemExit(f"Hires Lab: '--variants' is '{unknown[0]}', must be among: {', '.join(variants)}.")
     variants = {name: run for name, run in variants.items() if not chosen or name in ("plain", *chosen)}
+    for name in variants:
+        if name in PUBLISHED:
+            setup.published_unet(name)  # a copy is no part of a clock
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
     for number in range(int(cold), rounds + 1):  # round 0 warms up; memory is measured in every round

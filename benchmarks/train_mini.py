@@ -4,6 +4,7 @@
 
 Every part keeps its state in `--work`: a stopped training goes on from there. On a CPU a layout takes some
 three hours with four cores, of which `--processes 4` makes the best use; `--device cuda` trains longer on more data in minutes.
+`--further STEPS` needs no states: the bundled file's UNet goes on from the file.
 """
 
 from __future__ import annotations

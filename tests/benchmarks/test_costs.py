@@ -1,5 +1,7 @@
 """The benches of cost: what they count, and that each of their variants runs."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,17 +68,17 @@ def test_installing_and_restoring_takes_time_and_changes_nothing(setup):
 
 
 def test_a_clock_has_as_many_calls_as_are_asked_for_and_the_chosen_variants_beside_plain(monkeypatch):
-    setup = speed.Setup(REDUCED["sd15"], 0.5, 1, CPU, torch.float32, calls=3)
+    setup = speed.Setup(REDUCED["sd15"], 2.0, 1, CPU, torch.float32, calls=3)
     assert [int(timestep) for timestep in setup.timesteps] == [999, 666, 333]
-    asked = []
+    asked, copies, calls = [], [], []
     monkeypatch.setattr(speed, "timed", lambda run, _device: asked.append(run) or run() or 6.0)
-    calls = []
-    handle = setup.unet.register_forward_hook(lambda *_: calls.append(1))
-    rows = speed.measure(setup, rounds=2, chosen=["ours: HiDiffusion"], cold=True)
-    handle.remove()
-    assert [row["variant"] for row in rows] == ["plain", "ours: HiDiffusion"]
-    assert (len(asked), len(calls)) == (4, 12)
-    assert [row["seconds_a_call"] for row in rows] == [2.0, 2.0]
+    monkeypatch.setattr(speed.copy, "deepcopy", lambda unet, copy=copy.deepcopy: copies.append(len(asked)) or copy(unet))
+    setup.unet.register_forward_hook(lambda *_: calls.append(1))  # which a copy has too
+    rows = speed.measure(setup, rounds=1, chosen=["ours: HiDiffusion", "hidiffusion (PyPI)"], cold=True)
+    assert [row["variant"] for row in rows] == ["plain", "ours: HiDiffusion", "hidiffusion (PyPI)"]
+    assert (len(asked), len(calls)) == (3, 9)
+    assert copies == [0]  # before anything is timed
+    assert [row["seconds_a_call"] for row in rows] == [2.0] * 3
     with pytest.raises(SystemExit, match="'--variants' is 'other', must be among: plain, ours: HiDiffusion,"):
         speed.measure(setup, rounds=1, chosen=["other"])
 
