@@ -70,6 +70,17 @@ ABLATIONS = {
     PLAIN: METHODS[PLAIN],
     "DemoFusion": {"method": "demofusion"},
     "DemoFusion, strength 1": {"method": "demofusion", "stage_strength": 1.0},
+    "DemoFusion, strength 1, no skip residual": {
+        "method": "demofusion",
+        "stage_strength": 1.0,
+        "skip_residual": False,
+    },
+    "DemoFusion, strength 1, no dilated sampling": {
+        "method": "demofusion",
+        "stage_strength": 1.0,
+        "dilated_sampling": False,
+    },
+    "DemoFusion, strength 1, no filter": {"method": "demofusion", "stage_strength": 1.0, "filter_sigma": 0.0},
     "DemoFusion, strength 0.6": {"method": "demofusion", "stage_strength": 0.6},
     "DemoFusion, strength 0.25": {"method": "demofusion", "stage_strength": 0.25},
     "DemoFusion, no skip residual": {"method": "demofusion", "skip_residual": False},
