@@ -136,8 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = [(seed, options.scales, aspect, settings) for aspect in options.aspects for seed in missing]
     if options.processes > 1:
         bench.about["processes"] = options.processes
-        _draw_together(options.processes, told, tasks)
-        bench.gather()
+        if tasks:
+            _draw_together(options.processes, told, tasks)
+            bench.gather()
     else:
         for task in tqdm(tasks, unit="scene", desc="drawing"):
             bench.draw(*task)
@@ -230,7 +231,8 @@ class Bench:
         self.rows = {row["key"]: row for path in sorted(out.glob("rows*.jsonl")) for row in _read(path)}
 
     def gather(self) -> None:
-        """Take over the rows that other processes kept in files of their own."""
+        """Take over the rows that other processes kept in files of their own, and what another run has written meanwhile."""
+        self.rows |= {row["key"]: row for row in _read(self.file)}
         for path in sorted(self.out.glob("rows-*.jsonl")):
             for row in _read(path):
                 self._keep(row)

@@ -59,6 +59,19 @@ def test_several_processes_draw_what_one_does(bench, tmp_path):
         assert row["detail"] == pytest.approx(alone["detail"], rel=1e-3)
 
 
+def test_tables_take_no_rows_from_a_running_bench_and_it_sees_what_another_has_written(bench, tmp_path):
+    first, second = list(bench.rows.items())[:2]
+    running = quality.Bench(None, "cpu", tmp_path)
+    (tmp_path / "rows-17.jsonl").write_text("\n" + json.dumps(first[1]))
+    told = ["--tables", "--processes", "2", "--methods", "native", "--seeds", "1", "--out", str(tmp_path)]
+    assert quality.main(told) == 0
+    assert (tmp_path / "rows-17.jsonl").exists()
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(second[1]))
+    running.gather()
+    assert running.rows == dict((first, second))
+    assert quality.Bench(None, "cpu", tmp_path).rows == running.rows
+
+
 def test_rows_that_a_stopped_process_left_are_not_lost(bench, tmp_path):
     key, row = next(iter(bench.rows.items()))
     (tmp_path / "rows-17.jsonl").write_text("\n" + json.dumps(row))
