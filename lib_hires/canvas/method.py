@@ -159,7 +159,13 @@ class StagedMethod(CanvasMethod):
         1.0, "Cosine 3", "Exponent of the filter's width; more narrows it earlier.", low=0.1, high=20.0, step=0.1
     )
     filter_sigma: float = setting(
-        0.8, "Filter sigma", "Width in latents of the Gaussian filter before the grids.", low=0.0, high=8.0, step=0.1
+        0.8,
+        "Filter sigma",
+        "Width in latents of the Gaussian filter before the grids. Acts only with the skip residual, which takes away the "
+        "noise that it leaves.",
+        low=0.0,
+        high=8.0,
+        step=0.1,
     )
     anchor: str = setting(
         AS_FITS,
@@ -263,7 +269,9 @@ class StagedMethod(CanvasMethod):
     def dilated(self, model: Model, size: Size, scale: float) -> Dilated | None:
         """The grids of a stage; None where each would be too large for the network, or all there is."""
         native = model.native // LATENT_FACTOR
-        found = Dilated(whole_factor(scale, size, native), self.filter_sigma, self.shuffle)
+        # Grids step what they saw filtered: the noise that the filter hid stays, unless the skip residual replaces the state.
+        sigma = self.filter_sigma if self.skip_residual else 0.0
+        found = Dilated(whole_factor(scale, size, native), sigma, self.shuffle)
         is_fitting = found.dilation > 1 and not is_too_large(found.grid_size(size), self.largest(model))
         return found if self.dilated_sampling and is_fitting else None
 

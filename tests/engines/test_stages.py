@@ -484,3 +484,13 @@ def test_stopped_later_it_gives_the_stage_s_own_estimate_in_the_colours_of_the_n
     assert (loose.mean((2, 3)) - native.mean((2, 3))).abs().max() > 0.02
     moved = found - loose
     torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", (DemoFusion(), AccDiffusion(word_share=0.0)), ids=lambda method: method.name)
+def test_without_the_skip_residual_a_full_stage_ends_in_a_picture_and_not_in_noise(around, method):
+    engine, _ = around(lambda noisy: noisy)  # knows of a picture that its values are about 1
+    rough = []
+    for pulled in (True, False):
+        full = replace(method, stage_strength=1.0, skip_residual=pulled, anchor="nothing")
+        rough.append(draw(engine, full, (16, 16), steps=20).latents.diff(dim=-1).std().item())
+    assert rough[1] < 1.1 * rough[0]  # 0.7; 1.4 where the filter acts without the skip residual
