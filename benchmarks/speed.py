@@ -1,11 +1,12 @@
-"""`make bench`: time and peak memory of a UNet call, side by side in one run.
+r"""`make bench`: time and peak memory of a UNet call, side by side in one run.
 
 Plain, ToMe (PyPI tomesd), the published HiDiffusion (PyPI hidiffusion) and ours, each part alone and together; the same
 weights and inputs. A round runs every variant once over a whole clock of N calls, in an order that changes from round to
 round, and compares within the round; the table gives the median ratio to plain and its spread over the rounds.
 
     python -m benchmarks.speed                     reduced widths on the CPU
-    python -m benchmarks.speed --full --dtype bf16 --calls 5 --rounds 1 --cold    full widths on a CPU, in half an hour
+    python -m benchmarks.speed --full --dtype bf16 --layouts sd15 --batches 1 --calls 5 --rounds 3 --cold \
+        --variants "ours: HiDiffusion" "hidiffusion (PyPI)"     full widths on a CPU, in ten minutes
     python -m benchmarks.speed --device cuda       full SD1.5 and SDXL in fp16
     python -m benchmarks.speed --device cuda --dtype bf16 --batches 2 8 --scales 2 4 --compiled
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -137,7 +137,9 @@ class Setup:
 
     def published(self) -> dict[str, Run]:
         """The published HiDiffusion on a copy of the UNet with the same weights (it changes classes and does not undo all)."""
-        if importlib.util.find_spec("hidiffusion") is None:
+        try:
+            import hidiffusion  # noqa: F401
+        except ImportError:
             return {}
         return {name: lambda name=name: self.clock(self.published_unet(name)) for name in PUBLISHED}
 
@@ -187,7 +189,7 @@ def measure(
 ) -> list[dict]:
     """Median seconds a call, ratio to plain (median, least, greatest) and peak memory of each variant.
 
-    `chosen`: besides plain, these alone. `cold`: without a round before the first that counts.
+    `chosen`: besides plain, these alone. `cold`: one call instead of a round before the first that counts.
     """
     variants = setup.variants() | (setup.compiled() if compiled else {})
     unknown = [name for name in chosen if name not in variants]
@@ -197,6 +199,8 @@ def measure(
     for name in variants:
         if name in PUBLISHED:
             setup.published_unet(name)  # a copy is no part of a clock
+    if cold:
+        setup.unet(setup.x, setup.timesteps[0], **setup.kwargs)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
     for number in range(int(cold), rounds + 1):  # round 0 warms up; memory is measured in every round
@@ -276,12 +280,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: fp16 on cuda, fp32 on a CPU")
     parser.add_argument("--full", action="store_true", help="full widths on a CPU too")
     parser.add_argument("--calls", type=int, default=CALLS, help=f"calls of one clock (default {CALLS})")
-    parser.add_argument("--cold", action="store_true", help="no round to warm up: where one takes many minutes")
+    parser.add_argument("--cold", action="store_true", help="one call to warm up, not a round: where one takes many minutes")
     parser.add_argument("--variants", nargs="+", default=[], help="names from the table, besides plain (default: all)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes a size)")
     add_options(parser, "out/bench.json", "benchmarks.md", "speed")
     options = parser.parse_args(arguments)
+    if min(options.calls, options.rounds) < 1:
+        raise SystemExit("Hires Lab: '--calls' and '--rounds' must be 1 or more.")
     device = torch.device(options.device)
+    if options.full and device.type == "cpu":
+        options.section = "speed-full"
     dtype = dtype_of(options.dtype, device)
     head = {**about(device, dtype), "rounds": options.rounds, "calls a round": options.calls}
     networks = FULL if options.full else networks_for(device)

@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     told = options.layout, options.work, torch.device(options.device), options.minutes, options.bf16
     file = BUNDLED.with_name(f"scenes-{options.layout}.safetensors")
-    course = Further(*told, file=file, steps=options.further) if options.further else Course(*told)
+    if options.further is not None and options.further < 1:
+        raise SystemExit(f"Hires Lab: '--further' is {options.further}, must be 1 or more steps.")
+    course = Course(*told) if options.further is None else Further(*told, file=file, steps=options.further)
     course.parts(options.processes)
     if not course.finished and not options.anyway:
         print(UNFINISHED)
@@ -99,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_mini", description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=list(networks.LAYOUTS), default="sd15", help="whose blocks the UNet has")
     parser.add_argument("--judge", action="store_true", help="train the quality bench's judge instead, on the CPU")
-    parser.add_argument(
-        "--further", type=int, default=0, help="train the bundled file's UNet so many steps further, instead of from nothing"
-    )
+    parser.add_argument("--further", type=int, help="train the bundled file's UNet so many steps further, not from nothing")
     parser.add_argument("--bf16", action="store_true", help="train the UNet in bfloat16, where the device is fast in it")
     parser.add_argument("--vocabulary", action="store_true", help="write the small models' vocabulary instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -287,7 +287,7 @@ class Further(Course):
     def _terms(self) -> list[Term]:
         start = digest_of(self.unet.state_dict())
         steps, (_, batch, scenes) = self.steps, self.budget.native
-        name = f"unet-{self.name}-from-{start}"
+        name = f"unet-{self.name}-from-{start}-{steps}{'-bf16' if self.bf16 else ''}"
         return [Term(name, networks.LATENTS, steps, batch, scenes, self.budget.rate / 2, seed=int(start, 16))]
 
 
