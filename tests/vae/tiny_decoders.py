@@ -75,8 +75,9 @@ def latents(*shape, seed=1, dtype=torch.float32):
 
 @functools.cache
 def shared(kind, dtype=torch.float32):
-    """A decoder that tests only read."""
-    return build(kind, groups=8).to(dtype)
+    """A decoder that tests only read, fit for gradients whoever asks for it first."""
+    with torch.inference_mode(False):
+        return build(kind, groups=8).to(dtype)
 
 
 @functools.cache
