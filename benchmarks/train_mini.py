@@ -14,7 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -285,10 +285,9 @@ class Further(Course):
         return True, True
 
     def _terms(self) -> list[Term]:
-        start = digest_of(self.unet.state_dict())
-        steps, (_, batch, scenes) = self.steps, self.budget.native
-        name = f"unet-{self.name}-from-{start}-{steps}{'-bf16' if self.bf16 else ''}"
-        return [Term(name, networks.LATENTS, steps, batch, scenes, self.budget.rate / 2, seed=int(start, 16))]
+        native, start = super()._terms()[-1], digest_of(self.unet.state_dict())
+        name = f"{native.name}-from-{start}-{self.steps}{'-bf16' if self.bf16 else ''}"
+        return [replace(native, name=name, steps=self.steps, seed=int(start, 16))]
 
 
 def _train_unet(kind: type[Course], told: dict, minutes: float) -> None:

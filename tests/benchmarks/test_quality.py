@@ -121,11 +121,11 @@ def test_true_renders_are_right(cells):
 
 
 def test_the_autoencoder_shows_what_its_latents_hold(cells):
-    """Measured on 24 seeds: asked in 23 at the native size and 24 at twice it, 0.49 and 0.69 of a render's detail."""
+    """Measured on 24 seeds: asked in 23 at the native size and 24 at twice it, 0.49 and 0.69 of a render's detail (these two: 0.56, 0.69)."""
     for scale in (1.0, 2.0):
         cell = cells[quality.THROUGH, scale]
         assert cell["asked"][0] == 1 and cell["drift"] is None
-        assert 0.4 < cell["detail"] < 1 and cell["seams"][2] < 1.02
+        assert 0.5 < cell["detail"] < 1 and cell["seams"][2] < 1.02
 
 
 @pytest.mark.parametrize(("method", "scale"), ((quality.NATIVE, 1.0), ("HiDiffusion", 2.0)))
