@@ -77,7 +77,7 @@ class Setup:
         return result | self.published()
 
     def compiled(self) -> dict[str, Run]:
-        """Plain and ours through torch.compile (which ours steps aside from while the network is patched)."""
+        """Plain and ours through torch.compile: ours by a graph for each state of the patches."""
         unet = torch.compile(self.unet)
         return {
             "plain, compiled": lambda: self.clock(unet),
@@ -280,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: fp16 on cuda, fp32 on a CPU")
     parser.add_argument("--full", action="store_true", help="full widths on a CPU too")
     parser.add_argument("--calls", type=int, default=CALLS, help=f"calls of one clock (default {CALLS})")
-    parser.add_argument("--cold", action="store_true", help="one call to warm up, not a round: where one takes many minutes")
+    parser.add_argument(
+        "--cold", action="store_true", help="one call to warm up, not a round: where one takes many minutes"
+    )
     parser.add_argument("--variants", nargs="+", default=[], help="names from the table, besides plain (default: all)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes a size)")
     add_options(parser, "out/bench.json", "benchmarks.md", "speed")

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _MISSING = object()
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # not in torch 2.0
 
 
 class UndoLog:
@@ -37,13 +39,13 @@ class UndoLog:
         `previous` is an earlier instance override, else the class's method, looked up at each call so that a host's
         later choice of attention function is honoured. Once undone, an override that another one still holds calls it.
         """
-        earlier = vars(module).get(name)
-        if earlier is None:
+        earlier, found = vars(module).get(name), getattr(type(module), name)
 
-            def previous(*args: Any, **kwargs: Any) -> Any:
-                return getattr(type(module), name)(module, *args, **kwargs)
-        else:
-            previous = earlier
+        def of_class(*args: Any, **kwargs: Any) -> Any:
+            method = found if _is_compiling() else getattr(type(module), name)  # Dynamo follows no classes
+            return method(module, *args, **kwargs)
+
+        previous = of_class if earlier is None else earlier
         ours = make(previous)
 
         def override(*args: Any, **kwargs: Any) -> Any:

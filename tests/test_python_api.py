@@ -85,49 +85,6 @@ def test_a_pipeline_given_for_its_unet_is_told_so(pipe):
         lib_hires.patched(pipe, HiDiffusion())
 
 
-class Backend:
-    """A backend of torch.compile that counts the runs of its graphs."""
-
-    def __init__(self):
-        self.runs = 0
-
-    def __call__(self, graph, _inputs):
-        def run(*args):
-            self.runs += 1
-            return graph(*args)
-
-        return run
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_network_is_patched_all_the_same_and_says_that_it_runs_uncompiled(in_place, fresh_dynamo):
-    unet, backend = unets.build("diffusers-sd15"), Backend()
-    x, told = torch.randn(1, 4, 32, 32), {"encoder_hidden_states": torch.randn(1, 7, unet.config.cross_attention_dim)}
-    plain = unet(x, 900, **told).sample
-    with lib_hires.patched(unet, HiDiffusion(), native_size=128):
-        wanted = unet(x, 900, **told).sample
-    if in_place:
-        unet.compile(backend=backend)
-        compiled = unet
-    else:
-        compiled = torch.compile(unet, backend=backend)
-    torch.testing.assert_close(compiled(x, 900, **told).sample, plain)
-    runs = backend.runs
-    assert runs > 0
-    with lib_hires.patched(compiled, HiDiffusion(), native_size=128) as session:
-        torch.testing.assert_close(compiled(x, 900, **told).sample, wanted)
-    assert backend.runs == runs and "torch.compile is bypassed" in session.notes[0]
-    compiled(x, 900, **told)
-    assert backend.runs > runs
-
-
 def test_a_deep_copy_made_inside_a_session_is_a_clean_network_of_its_own():
     unet = unets.build("diffusers-sd15")
     values = unets.inputs("diffusers-sd15", (16, 24))

@@ -15,7 +15,7 @@ from ..config.common import Common
 from ..config.settings import Setting, Settings, schema
 from ..schedule import Gate
 from .models import Model
-from .route import Edit, Size
+from .route import Edit, Shrink, Size
 from .tiling import Stage
 
 
@@ -42,6 +42,11 @@ class UNetPlan:
         return not any(edit.gate.ever_open for edit in self.edits) and not (
             self.windows and self.windows.gate.ever_open
         )
+
+    @property
+    def drifts(self) -> bool:
+        """Whether sizes inside the UNet change from step to step, not at a gate alone."""
+        return any(isinstance(edit, Shrink) and edit.smooth for edit in self.edits)
 
     def __add__(self, other: UNetPlan) -> UNetPlan:
         return UNetPlan(self.edits + other.edits, self.windows or other.windows, self.notes + other.notes)

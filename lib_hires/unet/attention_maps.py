@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..config.errors import HiresError, UnsupportedModel
 from ..patches import UndoLog
+from .compiled import let_rest
 from .layout import Layout, read_layout
 
 LEVEL = 2
@@ -102,7 +103,8 @@ class AttentionMaps:
         return copied
 
     def _install(self) -> None:
-        self._bypass_compilation()
+        if let_rest(self.unet, self.layout.unet, self._log):  # a compiled graph runs no hooks that came after it
+            self._note("torch.compile is bypassed while attention maps are gathered.")
         self._log.hook(self.layout.unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
         for transformer in self._transformers:
             seen: list[tuple[int, int]] = []
@@ -110,16 +112,6 @@ class AttentionMaps:
             for attention in _cross_attentions(transformer):
                 hook = partial(self._before_attention, seen)
                 self._log.hook(attention.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _bypass_compilation(self) -> None:
-        """A compiled graph runs no hooks that came after it: run the network itself meanwhile."""
-        if getattr(self.layout.unet, "_compiled_call_impl", None) is not None:  # unet.compile()
-            self._log.set(self.layout.unet, "_compiled_call_impl", None)
-        elif self.layout.unet is not self.unet:  # torch.compile(unet)
-            self._log.override(self.unet, "forward", lambda _compiled: self.layout.unet)
-        else:
-            return
-        self._note("torch.compile is bypassed while attention maps are gathered.")
 
     # Gathering -------------------------------------------------------------------------------------------------------
 

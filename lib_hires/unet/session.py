@@ -26,12 +26,14 @@ from ..plan.route import Route, Size, find_route
 from ..randomness import Record, Stream
 from ..schedule import Level, NoiseSchedule
 from .blocks import install_route
+from .compiled import Graphs, take_over
 from .control import fit_residuals
 from .layout import Layout, read_layout
-from .window_attention import SHIFTS, install_windows
+from .window_attention import SHIFTS, Partitions, install_windows
 
 _STACK = "_hires_lab_sessions"
 """The attribute of a UNet that holds its open sessions, the innermost last; there only while one is open."""
+_BYPASSED = "torch.compile is bypassed while the network is patched: {}."
 _KEYS_A_TIMESTEP = 16
 """Noise levels are told apart to this part of a timestep when a shift is drawn."""
 
@@ -82,6 +84,8 @@ class Session:
         self._seeds_now: tuple[int, ...] = self.seeds
         self._route: Route | None = None
         self._windows: Windows | None = None
+        self._partitions = self._no_partitions()
+        self._plan = UNetPlan()
         self._root_log, self._route_log, self._windows_log = UndoLog(), UndoLog(), UndoLog()
         self.is_open = False
         self._make_plan((self.model.native // 4,) * 2)  # settings that do not fit fail here, not in the first step
@@ -130,7 +134,7 @@ class Session:
     def _resume(self) -> None:
         self._root_log = UndoLog()
         self._root_log.set(self.unet, "__deepcopy__", self._copy_unpatched)
-        self._bypass_compilation()
+        take_over(self.unet, self.layout.unet, self._call_compiled, self._root_log)
         self._root_log.hook(self.unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
 
     def _suspend(self) -> None:
@@ -153,22 +157,20 @@ class Session:
             setattr(self.unet, _STACK, stack)
             self._resume()
 
-    def _bypass_compilation(self) -> None:
-        """A compiled graph does not see patches (Dynamo ignores later hooks): run the network itself while it is patched."""
-        if getattr(self.unet, "_compiled_call_impl", None) is not None:  # unet.compile()
-            self._root_log.set(self.unet, "_compiled_call_impl", None)
-        elif self.layout.unet is not self.unet:  # torch.compile(unet)
-            self._root_log.override(self.unet, "forward", self._eager_while_patched)
-        else:
-            return
-        self._note("torch.compile is bypassed while the network is patched.")
-
-    def _eager_while_patched(self, compiled: Callable) -> Callable:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            is_patched = self._route is not None or self._windows is not None
-            return self.layout.unet(*args, **kwargs) if is_patched else compiled(*args, **kwargs)
-
-        return forward
+    def _call_compiled(
+        self, graphs: Graphs, whole: Callable | None, network: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A call of a compiled network (see `take_over`): by its graph without patches, or by that of the patches."""
+        state = (self._route, self._windows and self._windows.level)
+        if whole is not None and state == (None, None):
+            return whole(*args, **kwargs)
+        if self._plan.drifts:
+            self._note(_BYPASSED.format("sizes change from step to step ('smooth_scaling')"))
+            return network(*args, **kwargs)
+        output = graphs.call(network, state, self._partitions, args, kwargs)
+        if graphs.bypassed:
+            self._note(_BYPASSED.format(graphs.bypassed))
+        return output
 
     # Telling where the run is ----------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class Session:
 
     def _before_call(self, _unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x, timestep = _first_two(args, kwargs)
-        plan = self.plan_for(tuple(x.shape[-2:]))
+        self._plan = plan = self.plan_for(tuple(x.shape[-2:]))
         if plan.does_nothing:
             self._swap(None, None)
             self.ran["plain"] += 1
@@ -240,12 +242,11 @@ class Session:
         if windows != self._windows:
             self._windows_log.undo()
             self._windows, self._windows_log = None, UndoLog()
+            self._partitions = self._no_partitions()
             if windows is not None:
                 self._guarded(
                     self._windows_log,
-                    lambda: install_windows(
-                        self.layout, windows.level, self._shifts_of, self._windows_log, self._windows_passed_by
-                    ),
+                    lambda: install_windows(self.layout, windows.level, self._partitions, self._windows_log),
                 )
             self._windows = windows
 
@@ -275,6 +276,9 @@ class Session:
 
     def _seeds_in_turn(self, images: Iterable[int]) -> tuple[int, ...]:
         return tuple(self.seeds[image % len(self.seeds)] for image in images)
+
+    def _no_partitions(self) -> Partitions:
+        return Partitions(self._shifts_of, self._windows_passed_by)
 
     def _windows_passed_by(self, why: str) -> None:
         self._note(f"Window attention is off in a layer: {why}.")

@@ -9,7 +9,7 @@ Source: HiDiffusion (arXiv 2311.17528), section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -54,6 +54,12 @@ class Partition:
     gathers: tuple[torch.Tensor, ...]
     windows: tuple[int, ...]
     inverse: torch.Tensor
+
+    def again(self) -> Partition:
+        """The same indices in tensor objects of their own: a graph may rely on two of its inputs being one."""
+        return Partition(
+            tuple(each.view_as(each) for each in self.gathers), self.windows, self.inverse.view_as(self.inverse)
+        )
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """tokens: (B, N, C) -> per group (B * windows, N / windows, C), batch outermost."""
@@ -127,50 +133,73 @@ def _partition(cuts: dict[int, Cut], shifts: tuple[int, ...]) -> Partition:
 
 
 class Partitions:
-    """Finds partitions and keeps the last few; lives as long as the windows are installed, and its indices with it."""
+    """Which partition each layer's tokens are cut by; lives as long as the windows are installed, and its indices with it.
 
-    def __init__(self) -> None:
+    `shifts(layer, rows)` gives k for each row, `pass_by(why)` is told why a layer is left as it is.
+    `asked`: layer -> what it was cut by, or why not, of every layer that asked since it was emptied. `prepared`: layer ->
+    partition; while it is not None nothing else is looked for (in a compiled graph, which sees tensors alone).
+    """
+
+    def __init__(self, shifts: Callable[[int, int], tuple[int, ...]], pass_by: Callable[[str], None]):
+        self._shifts, self._pass_by = shifts, pass_by
         self._cut = lru_cache(maxsize=2 * SHIFTS)(cut)
-        self.find = lru_cache(maxsize=16)(self._find)
+        self._find = lru_cache(maxsize=16)(self._make)
+        self.asked: dict[int, Asked] = {}
+        self.prepared: dict[int, Partition] | None = None
 
-    def _find(self, height: int, width: int, shifts: tuple[int, ...], device: torch.device, grid: int) -> Partition:
-        return _partition({shift: self._cut(height, width, shift, device, grid) for shift in set(shifts)}, shifts)
+    def of(self, layer: int, size: tuple[int, int], x: torch.Tensor, args: tuple, kwargs: dict) -> Partition | None:
+        """For a call of a layer's attention with tokens x: (B, N, C) of a map of `size`; None where it stays as it is."""
+        if self.prepared is not None:
+            return self.prepared.get(layer)
+        if min(size) < GRID:
+            return None
+        told: Asked = (*size, x.shape[0], x.device)
+        if x.shape[1] != size[0] * size[1]:
+            told = "its tokens are merged or tiled by something else"
+        elif _reads_more(x, args, kwargs):
+            told = "its self-attention reads a second picture or a mask"
+        self.asked[layer] = told
+        return self._at(layer, told)
+
+    def prepare(self, asked: Mapping[int, Asked]) -> dict[int, Partition]:
+        """For the coming call, whose layers are cut as in a call before: what was `asked` then, shifted as is due now."""
+        found = ((layer, self._at(layer, told)) for layer, told in asked.items())
+        return {layer: parts.again() for layer, parts in found if parts is not None}
+
+    def _at(self, layer: int, told: Asked) -> Partition | None:
+        if isinstance(told, str):
+            self._pass_by(told)
+            return None
+        height, width, rows, device = told
+        return self._find(height, width, self._shifts(layer, rows), device)
+
+    def _make(self, height: int, width: int, shifts: tuple[int, ...], device: torch.device) -> Partition:
+        return _partition({shift: self._cut(height, width, shift, device) for shift in set(shifts)}, shifts)
+
+
+Asked = tuple[int, int, int, torch.device] | str
+"""(height, width, rows, device) of the tokens that a layer cut, or why it was left as it is."""
 
 
 def attend_in_windows(
-    attend: Callable[[torch.Tensor], torch.Tensor],
-    tokens: torch.Tensor,
-    size: tuple[int, int],
-    shifts: tuple[int, ...],
-    grid: int = GRID,
-    find: Callable[..., Partition] = partition,
+    attend: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, parts: Partition
 ) -> torch.Tensor:
-    """`attend` inside each window. tokens: (B, h*w, C) of a map of `size` (h, w); `shifts`: k of each row.
-
-    `find` gives the partition; `Partitions().find` remembers.
-    """
-    parts = find(*size, shifts, tokens.device, grid)
+    """`attend` inside each window. tokens: (B, h*w, C) of maps that `parts` cuts."""
     return parts.join([attend(group) for group in parts.split(tokens)], tokens.shape[0])
 
 
-def install_windows(
-    layout: Layout,
-    level: int,
-    shifts: Callable[[int, int], tuple[int, ...]],
-    log: UndoLog,
-    pass_by: Callable[[str], None],
-) -> None:
+def install_windows(layout: Layout, level: int, partitions: Partitions, log: UndoLog) -> None:
     """Window attention in every self-attention of the transformers at `level`.
 
-    `shifts(layer, rows)` gives k for each row. Where tokens do not match the map (they were merged or tiled), or the
-    attention reads more than the picture itself (a context, a mask), it is left as it is, and `pass_by(why)` is told.
+    Where tokens do not match the map (they were merged or tiled), or the attention reads more than the picture itself (a
+    context, a mask), it is left as it is, and `partitions` says so.
     """
-    layer, partitions = 0, Partitions()
+    layer = 0
     for transformer in layout.transformers(level):
         seen = _SeenSize()
         log.hook(transformer.register_forward_pre_hook(seen.note, with_kwargs=True))
         for block in transformer.transformer_blocks:
-            log.override(block.attn1, "forward", _windowed(seen, layer, shifts, partitions, pass_by))
+            log.override(block.attn1, "forward", _windowed(seen, layer, partitions))
             layer += 1
 
 
@@ -184,24 +213,15 @@ class _SeenSize:
         self.size = tuple(x.shape[-2:])
 
 
-def _windowed(
-    seen: _SeenSize, layer: int, shifts: Callable, partitions: Partitions, pass_by: Callable[[str], None]
-) -> Callable:
+def _windowed(seen: _SeenSize, layer: int, partitions: Partitions) -> Callable:
     def make(previous: Callable) -> Callable:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            height, width = seen.size
-            if x.shape[1] != height * width:
-                pass_by("its tokens are merged or tiled by something else")
-            elif _reads_more(x, args, kwargs):
-                pass_by("its self-attention reads a second picture or a mask")
-            elif min(height, width) >= GRID:
+            def attend(group: torch.Tensor) -> torch.Tensor:
+                own = [group if value is x else value for value in args]
+                return previous(group, *own, **{k: group if v is x else v for k, v in kwargs.items()})
 
-                def attend(group: torch.Tensor) -> torch.Tensor:
-                    own = [group if value is x else value for value in args]
-                    return previous(group, *own, **{k: group if v is x else v for k, v in kwargs.items()})
-
-                return attend_in_windows(attend, x, seen.size, shifts(layer, x.shape[0]), find=partitions.find)
-            return previous(x, *args, **kwargs)
+            parts = partitions.of(layer, seen.size, x, args, kwargs)
+            return previous(x, *args, **kwargs) if parts is None else attend_in_windows(attend, x, parts)
 
         return forward
 

@@ -126,12 +126,12 @@ def test_a_course_stopped_after_every_step_ends_with_the_same_weights(tmp_path, 
     whole = train_mini.Course("sdxl", tmp_path / "whole", torch.device("cpu"), math.inf)
     whole.parts()
     monkeypatch.setattr(train_mini.Course, "_left", lambda _self: 1e-9)  # minutes: each part makes a step and stops
-    for start in range(12):
+    for _start in range(12):
         parts = train_mini.Course("sdxl", tmp_path / "parts", torch.device("cpu"), math.inf)
         parts.parts()
         if parts.finished:
             break
-    assert parts.finished and start > 2
+    assert parts.finished and _start > 2
     for ours, theirs in ((whole.vae, parts.vae), (whole.towers, parts.towers), (whole.unet, parts.unet)):
         assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters()))
 

@@ -170,12 +170,42 @@ def _diffusers_sdxl(in_channels):
     )
 
 
+def _ldm_small(in_channels):
+    return openaimodel.UNetModel(
+        image_size=32,
+        in_channels=in_channels,
+        out_channels=4,
+        model_channels=32,
+        channel_mult=(1, 1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=[1],
+        num_heads=2,
+        context_dim=CONTEXT,
+        use_spatial_transformer=True,
+    )
+
+
+def _diffusers_small(in_channels):
+    return UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=2,
+    )
+
+
 _BUILDERS = {
     "ldm-sd15": _ldm_sd15,
     "ldm-sdxl": XLUNet,
     "diffusers-sd15": _diffusers_sd15,
     "diffusers-sdxl": _diffusers_sdxl,
     "forge": _forge,
+    "ldm-small": _ldm_small,  # SD1.5's levels, as little as can be in each: for what traces the network
+    "diffusers-small": _diffusers_small,
 }
 
 

@@ -63,6 +63,10 @@ def test_windows_are_half_the_map_rounded_up(height, width):
         assert bounds[0] == (0, -(-length // 2)) and bounds[1] == (-(-length // 2), length)
 
 
+def windowed(attend, x, size, shifts, grid=2):
+    return attend_in_windows(attend, x, partition(*size, shifts, CPU, grid))
+
+
 def test_windows_of_equal_size_form_one_group_and_a_map_of_odd_size_up_to_four():
     assert [tuple(group.shape) for group in window_groups(6, 8, 1)] == [(4, 12)]
     assert [tuple(group.shape) for group in window_groups(5, 7, 0)] == [(1, 12), (1, 9), (1, 8), (1, 6)]
@@ -73,16 +77,14 @@ def test_windows_of_equal_size_form_one_group_and_a_map_of_odd_size_up_to_four()
 def test_even_maps_are_cut_rolled_and_put_together_as_published(half_height, half_width, k):
     height, width = 2 * half_height, 2 * half_width
     x = tokens(2, height, width)
-    ours = attend_in_windows(self_attention, x, (height, width), (k, k))
+    ours = windowed(self_attention, x, (height, width), (k, k))
     assert torch.allclose(ours, published(x, height, width, k), atol=1e-6)
 
 
 @given(st.integers(2, 12), st.integers(2, 12), quarters)
 def test_each_token_hears_the_tokens_of_its_window_and_no_others(height, width, k):
     x = torch.eye(height * width)[None]
-    heard = (
-        attend_in_windows(lambda group: group.mean(1, keepdim=True).expand_as(group), x, (height, width), (k,))[0] > 0
-    )
+    heard = windowed(lambda group: group.mean(1, keepdim=True).expand_as(group), x, (height, width), (k,))[0] > 0
     assert torch.equal(heard, heard.T) and heard.diagonal().all()
     assert len({tuple(row.nonzero().flatten().tolist()) for row in heard}) == 4
 
@@ -90,15 +92,13 @@ def test_each_token_hears_the_tokens_of_its_window_and_no_others(height, width, 
 @given(lengths, lengths)
 def test_one_window_is_full_attention(height, width):
     x = tokens(2, height, width)
-    assert torch.allclose(
-        attend_in_windows(self_attention, x, (height, width), (0, 0), grid=1), self_attention(x), atol=1e-6
-    )
+    assert torch.allclose(windowed(self_attention, x, (height, width), (0, 0), grid=1), self_attention(x), atol=1e-6)
 
 
 @given(lengths, lengths, quarters)
 def test_attention_that_does_nothing_leaves_the_tokens_as_they_are(height, width, k):
     x = tokens(2, height, width)
-    assert torch.equal(attend_in_windows(lambda group: group, x, (height, width), (k, k)), x)
+    assert torch.equal(windowed(lambda group: group, x, (height, width), (k, k)), x)
 
 
 @given(halves, halves, quarters)
@@ -108,19 +108,19 @@ def test_rolling_the_map_by_a_window_rolls_the_result(half_height, half_width, k
     for roll in ((half_height, 0), (0, half_width), (half_height, half_width)):
         rolled = rearrange(x.roll(roll, (1, 2)), "b h w c -> b (h w) c")
         whole = rearrange(x, "b h w c -> b (h w) c")
-        plain = rearrange(attend_in_windows(self_attention, whole, size, (k,)), "b (h w) c -> b h w c", h=size[0])
+        plain = rearrange(windowed(self_attention, whole, size, (k,)), "b (h w) c -> b h w c", h=size[0])
         wanted = rearrange(plain.roll(roll, (1, 2)), "b h w c -> b (h w) c")
-        assert torch.allclose(attend_in_windows(self_attention, rolled, size, (k,)), wanted, atol=1e-6)
+        assert torch.allclose(windowed(self_attention, rolled, size, (k,)), wanted, atol=1e-6)
 
 
 @given(lengths, lengths, st.lists(quarters, min_size=2, max_size=5))
 def test_each_row_is_cut_by_its_own_shift_as_if_it_were_alone(height, width, rows):
     x = tokens(len(rows), height, width)
-    together = attend_in_windows(self_attention, x, (height, width), tuple(rows))
+    together = windowed(self_attention, x, (height, width), tuple(rows))
     for row, k in enumerate(rows):
         assert torch.allclose(
             together[row : row + 1],
-            attend_in_windows(self_attention, x[row : row + 1], (height, width), (k,)),
+            windowed(self_attention, x[row : row + 1], (height, width), (k,)),
             atol=1e-6,
         )
 

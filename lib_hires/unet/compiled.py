@@ -1,0 +1,180 @@
+"""A compiled UNet that is patched stays compiled: one graph for each state of the patches.
+
+Once Dynamo has a graph it does not look for new hooks, so the graph of the network as it is must not run while patches are
+in. Each state (a route, windows) gets a function of its own, compiled as the network was and traced while the patches of
+that state are in; it is kept from session to session. What differs from call to call within a state is where windows lie:
+they go in as index tensors (`Partitions.prepared`). Which layers are cut, and into what, the first call of a kind tells,
+which therefore runs uncompiled.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..patches import UndoLog
+from ..plan.route import Route
+from .window_attention import Asked, Partitions
+
+MOST = 32
+"""States whose graphs are kept for a network; the one unused for longest goes first."""
+
+State = tuple[Route | None, int | None]
+"""The route, and the level of the windows."""
+
+
+@dataclass(eq=False)
+class Graph:
+    """The compiled function of a state; `asked`: kind of call -> what its layers were cut into."""
+
+    run: Callable[[Callable, tuple, dict], Any]
+    asked: dict[tuple, dict[int, Asked]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Graphs:
+    """What is kept for a compiled network.
+
+    compiler: compiles a function as the network was compiled, None where that is not known. bypassed: why the network has
+    to run uncompiled, "" where it need not. resting: how many of those who look into the network want it uncompiled now.
+    """
+
+    compiler: Callable[[Callable], Callable] | None
+    bypassed: str = ""
+    resting: int = 0
+    _states: OrderedDict[State, Graph] = field(default_factory=OrderedDict)
+
+    def call(self, network: Callable, state: State, partitions: Partitions, args: tuple, kwargs: dict) -> Any:
+        """The network's output; compiled, unless it is `resting` or `bypassed`, from the second call of a kind on."""
+        if self.resting or self.bypassed:
+            return network(*args, **kwargs)
+        graph, kind = self._graph(state), _kind(args, kwargs)
+        if kind not in graph.asked:
+            partitions.asked = {}
+            output = network(*args, **kwargs)
+            graph.asked[kind] = partitions.asked
+            return output
+        from torch._dynamo.exc import TorchDynamoException
+
+        partitions.prepared = partitions.prepare(graph.asked[kind])
+        try:
+            return graph.run(network, args, kwargs)
+        except TorchDynamoException as error:
+            told = " ".join(str(error).split("\n")[:2]).strip()  # of a backend's failure the second line says what
+            self.bypassed = f"it does not compile so ({told})"
+        finally:
+            partitions.prepared = None
+        return network(*args, **kwargs)
+
+    def _graph(self, state: State) -> Graph:
+        if state not in self._states:
+            self._states[state] = Graph(self.compiler(_copy_of(_run)))
+            if len(self._states) > MOST:
+                self._states.popitem(last=False)
+        self._states.move_to_end(state)
+        return self._states[state]
+
+    def remove(self) -> None:
+        """End one rest."""
+        self.resting -= 1
+
+
+@dataclass(frozen=True, eq=False)
+class Uncompiled:
+    """Stands where `Module.compile` puts the compiled call: the network itself, its hooks and its present `forward`."""
+
+    network: nn.Module
+    graphs: Graphs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network._call_impl(*args, **kwargs)
+
+
+_kept: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+
+
+def graphs_of(unet: nn.Module) -> Graphs | None:
+    """What is kept for a network compiled by `torch.compile(unet)` or `unet.compile()`; None for one that is not."""
+    compiled = getattr(unet, "_compiled_call_impl", None)
+    if isinstance(compiled, Uncompiled):
+        return compiled.graphs
+    if _is_wrapped(unet):
+        compiler = getattr(unet, "dynamo_ctx", None)
+    elif compiled is not None:
+        compiler = _compiler_in(compiled)
+    else:
+        return None
+    kept = _kept.get(unet)
+    if kept is None or kept.compiler is not compiler:
+        kept = _kept[unet] = Graphs(compiler, "" if compiler else "it does not tell how it was compiled")
+    return kept
+
+
+def take_over(unet: nn.Module, network: nn.Module, call: Callable, log: UndoLog) -> Graphs | None:
+    """Make a compiled network call `call(graphs, whole, network, *args, **kwargs)` in place of its forward.
+
+    network: what `unet` is or, where `torch.compile` was called with it, wraps. `whole` is compiled for the network without
+    patches, None where there is no such function (`Module.compile` compiles the hooks too, ours as well).
+    """
+    graphs = graphs_of(unet)
+    if graphs is not None and _is_wrapped(unet):
+        log.override(unet, "forward", lambda whole: partial(call, graphs, whole, network))
+    elif graphs is not None:
+        log.set(unet, "_compiled_call_impl", Uncompiled(unet, graphs))
+        log.override(unet, "forward", lambda forward: partial(call, graphs, None, forward))
+    return graphs
+
+
+def let_rest(unet: nn.Module, network: nn.Module, log: UndoLog) -> bool:
+    """Run a compiled network uncompiled until `log` is undone; returns whether it is compiled."""
+    graphs = graphs_of(unet)
+    if graphs is None:
+        return False
+    graphs.resting += 1
+    log.hook(graphs)
+    if _is_wrapped(unet):
+        log.override(unet, "forward", lambda _whole: network)
+    else:
+        log.set(unet, "_compiled_call_impl", Uncompiled(unet, graphs))
+    return True
+
+
+def _is_wrapped(unet: nn.Module) -> bool:
+    return hasattr(unet, "_orig_mod")
+
+
+def _compiler_in(compiled: Callable) -> Callable | None:
+    """The context that made a compiled function, which `Module.compile` leaves in the function only."""
+    try:
+        compiler = inspect.getclosurevars(compiled).nonlocals.get("self")
+    except TypeError:
+        return None
+    return compiler if callable(compiler) else None
+
+
+def _run(network: Callable, args: tuple, kwargs: dict) -> Any:
+    return network(*args, **kwargs)
+
+
+def _copy_of(function: FunctionType) -> FunctionType:
+    """With a code object of its own: by that Dynamo keeps graphs, and counts them."""
+    code = function.__code__.replace(co_varnames=function.__code__.co_varnames)
+    return FunctionType(code, function.__globals__, function.__name__)
+
+
+def _kind(args: tuple, kwargs: dict) -> tuple:
+    """What a call has to have in common with another one for the same layers to be cut alike."""
+    return tuple(map(_shape, args)), tuple((name, _shape(value)) for name, value in sorted(kwargs.items()))
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value is None
