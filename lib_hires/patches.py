@@ -39,7 +39,7 @@ class UndoLog:
         `previous` is an earlier instance override, else the class's method, looked up at each call so that a host's
         later choice of attention function is honoured. Once undone, an override that another one still holds calls it.
         """
-        earlier, found = vars(module).get(name), getattr(type(module), name)
+        earlier, found = vars(module).get(name), getattr(type(module), name, None)
 
         def of_class(*args: Any, **kwargs: Any) -> Any:
             method = found if _is_compiling() else getattr(type(module), name)  # Dynamo follows no classes

@@ -164,7 +164,7 @@ class Session:
         state = (self._route, self._windows and self._windows.level)
         if whole is not None and state == (None, None):
             return whole(*args, **kwargs)
-        if self._plan.drifts:
+        if self._plan.drifts and self._route is not None:
             self._note(_BYPASSED.format("sizes change from step to step ('smooth_scaling')"))
             return network(*args, **kwargs)
         output = graphs.call(network, state, self._partitions, args, kwargs)

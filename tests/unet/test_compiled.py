@@ -170,12 +170,14 @@ def test_maps_are_gathered_beside_patches(kind, in_place, maps_first):
     assert backend.runs == 1  # rested no longer than the maps were open
 
 
-def test_a_compiled_network_that_is_forgotten_can_be_collected():
-    unet = compile_(unets.build("ldm-small"), False, Backend())
-    seen = weakref.ref(unet._orig_mod)
-    drawn(unet, HiDiffusion(), unets.inputs("ldm-small", (32, 32)), [EARLY] * 2)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_that_is_forgotten_can_be_collected(in_place):
+    backend = Backend()
+    unet = compile_(unets.build("diffusers-small"), in_place, backend)
+    seen = weakref.ref(getattr(unet, "_orig_mod", unet))
+    drawn(unet, HiDiffusion(), unets.inputs("diffusers-small", (32, 32)), [EARLY] * 2)
+    assert backend.runs == 1
     del unet
-    torch._dynamo.reset()
     gc.collect()
     assert seen() is None
 
