@@ -1,10 +1,11 @@
-"""A compiled UNet that is patched stays compiled: one graph for each state of the patches.
+"""A compiled UNet that is patched stays compiled: one graph for each state of the patches and kind of call.
 
 Once Dynamo has a graph it does not look for new hooks, so the graph of the network as it is must not run while patches are
-in. Each state (a route, windows) gets a function of its own, compiled as the network was and traced while the patches of
-that state are in; it is kept from session to session. What differs from call to call within a state is where windows lie:
-they go in as index tensors (`Partitions.prepared`). Which layers are cut, and into what, the first call of a kind tells,
-which therefore runs uncompiled.
+in. Each state (a route, windows) gets functions of its own, compiled as the network was and traced while the patches of
+that state are in; they are kept from session to session. They may not break into several graphs: what follows a break is
+looked up by the network's own code, the same in every state. What differs from call to call within a state is where
+windows lie: they go in as index tensors (`Partitions.prepared`). Which layers are cut, and into what, the first call of a
+kind tells, which therefore runs uncompiled.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from torch import nn
 
 from ..patches import UndoLog
 from ..plan.route import Route
-from .window_attention import Asked, Partitions
+from .window_attention import Asked, AskedOtherwise, Partitions
 
-MOST = 32
-"""States whose graphs are kept for a network; the one unused for longest goes first."""
+MOST = 64
+"""Graphs that are kept for a network; the one unused for longest goes first."""
 
 State = tuple[Route | None, int | None]
 """The route, and the level of the windows."""
@@ -34,58 +35,82 @@ State = tuple[Route | None, int | None]
 
 @dataclass(eq=False)
 class Graph:
-    """The compiled function of a state; `asked`: kind of call -> what its layers were cut into."""
+    """The compiled function of a state and kind of call.
+
+    asked: what its layers were cut into. again: how often that has been another than before. failure: why it runs uncompiled.
+    """
 
     run: Callable[[Callable, tuple, dict], Any]
-    asked: dict[tuple, dict[int, Asked]] = field(default_factory=dict)
+    asked: dict[int, Asked]
+    again: int = 0
+    failure: str = ""
 
 
 @dataclass(eq=False)
 class Graphs:
     """What is kept for a compiled network.
 
-    compiler: compiles a function as the network was compiled, None where that is not known. bypassed: why the network has
-    to run uncompiled, "" where it need not. resting: how many of those who look into the network want it uncompiled now.
+    compiler: compiles a function as the network was compiled. bypassed: why nothing is compiled for it, "" where it is.
+    resting: how many of those who look into the network want it uncompiled now.
     """
 
     compiler: Callable[[Callable], Callable] | None
     bypassed: str = ""
     resting: int = 0
-    _states: OrderedDict[State, Graph] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[tuple, Graph] = field(default_factory=OrderedDict)
 
-    def call(self, network: Callable, state: State, partitions: Partitions, args: tuple, kwargs: dict) -> Any:
-        """The network's output; compiled, unless it is `resting` or `bypassed`, from the second call of a kind on."""
+    def call(
+        self,
+        network: Callable,
+        state: State,
+        partitions: Partitions,
+        args: tuple,
+        kwargs: dict,
+        note: Callable[[str], None],
+    ) -> Any:
+        """The network's output: compiled from the second call of a kind on, unless `note` is told why not."""
         if self.resting or self.bypassed:
+            if self.bypassed:
+                note(self.bypassed)
             return network(*args, **kwargs)
-        graph, kind = self._graph(state), _kind(args, kwargs)
-        if kind not in graph.asked:
-            partitions.asked = {}
-            output = network(*args, **kwargs)
-            graph.asked[kind] = partitions.asked
-            return output
-        from torch._dynamo.exc import TorchDynamoException
-
-        partitions.prepared = partitions.prepare(graph.asked[kind])
-        try:
-            return graph.run(network, args, kwargs)
-        except TorchDynamoException as error:
-            told = " ".join(str(error).split("\n")[:2]).strip()  # of a backend's failure the second line says what
-            self.bypassed = f"it does not compile so ({told})"
-        finally:
-            partitions.prepared = None
-        return network(*args, **kwargs)
-
-    def _graph(self, state: State) -> Graph:
-        if state not in self._states:
-            self._states[state] = Graph(self.compiler(_copy_of(_run)))
-            if len(self._states) > MOST:
-                self._states.popitem(last=False)
-        self._states.move_to_end(state)
-        return self._states[state]
+        key = (state, _kind(args, kwargs))
+        graph, failure = self._kept.get(key), ""
+        if graph is not None and not graph.failure:
+            self._kept.move_to_end(key)
+            try:
+                return _in_one_graph(graph, partitions, network, args, kwargs)
+            except Exception as error:
+                if not isinstance(error, AskedOtherwise) and not type(error).__module__.startswith("torch._dynamo"):
+                    raise
+                failure = f"it does not compile so ({_brief(error)})"
+        partitions.asked = {}
+        output = network(*args, **kwargs)  # which fails too where not the compiler, but the call is at fault
+        if graph is None or (failure and partitions.asked != graph.asked and graph.again < 3):
+            again = 0 if graph is None else graph.again + 1
+            self._kept[key] = Graph(self.compiler(_copy_of(_run)), partitions.asked, again)
+            if len(self._kept) > MOST:
+                self._kept.popitem(last=False)
+        elif failure or graph.failure:
+            graph.failure = graph.failure or failure
+            note(graph.failure)
+        return output
 
     def remove(self) -> None:
         """End one rest."""
         self.resting -= 1
+
+
+def _in_one_graph(graph: Graph, partitions: Partitions, network: Callable, args: tuple, kwargs: dict) -> Any:
+    partitions.prepared = partitions.prepare(graph.asked)
+    try:
+        with torch._dynamo.error_on_graph_break(True):
+            return graph.run(network, args, kwargs)
+    finally:
+        partitions.prepared = None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:2]).strip()[:200]  # of a backend's failure the second line says what
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +140,10 @@ def graphs_of(unet: nn.Module) -> Graphs | None:
         return None
     kept = _kept.get(unet)
     if kept is None or kept.compiler is not compiler:
-        kept = _kept[unet] = Graphs(compiler, "" if compiler else "it does not tell how it was compiled")
+        why = "" if compiler else "it does not tell how it was compiled"
+        if not hasattr(torch._dynamo, "error_on_graph_break"):
+            why = f"torch {torch.__version__} cannot be kept from breaking graphs"
+        kept = _kept[unet] = Graphs(compiler, why)
     return kept
 
 
@@ -129,7 +157,7 @@ def take_over(unet: nn.Module, network: nn.Module, call: Callable, log: UndoLog)
     if graphs is not None and _is_wrapped(unet):
         log.override(unet, "forward", lambda whole: partial(call, graphs, whole, network))
     elif graphs is not None:
-        log.set(unet, "_compiled_call_impl", Uncompiled(unet, graphs))
+        _uncompile(unet, graphs, log)
         log.override(unet, "forward", lambda forward: partial(call, graphs, None, forward))
     return graphs
 
@@ -144,8 +172,13 @@ def let_rest(unet: nn.Module, network: nn.Module, log: UndoLog) -> bool:
     if _is_wrapped(unet):
         log.override(unet, "forward", lambda _whole: network)
     else:
-        log.set(unet, "_compiled_call_impl", Uncompiled(unet, graphs))
+        _uncompile(unet, graphs, log)
     return True
+
+
+def _uncompile(unet: nn.Module, graphs: Graphs, log: UndoLog) -> None:
+    if not isinstance(unet._compiled_call_impl, Uncompiled):  # whoever did it first puts back what was there
+        log.set(unet, "_compiled_call_impl", Uncompiled(unet, graphs))
 
 
 def _is_wrapped(unet: nn.Module) -> bool:
@@ -177,4 +210,4 @@ def _kind(args: tuple, kwargs: dict) -> tuple:
 
 
 def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else value is None
+    return (value.shape, value.dtype, value.device) if isinstance(value, torch.Tensor) else value is None

@@ -33,7 +33,6 @@ from .window_attention import SHIFTS, Partitions, install_windows
 
 _STACK = "_hires_lab_sessions"
 """The attribute of a UNet that holds its open sessions, the innermost last; there only while one is open."""
-_BYPASSED = "torch.compile is bypassed while the network is patched: {}."
 _KEYS_A_TIMESTEP = 16
 """Noise levels are told apart to this part of a timestep when a shift is drawn."""
 
@@ -154,7 +153,7 @@ class Session:
         try:
             return copy.deepcopy(self.unet, memo)
         finally:
-            setattr(self.unet, _STACK, stack)
+            vars(self.unet)[_STACK] = stack  # setattr on what torch.compile returned would set it on the network inside
             self._resume()
 
     def _call_compiled(
@@ -165,12 +164,12 @@ class Session:
         if whole is not None and state == (None, None):
             return whole(*args, **kwargs)
         if self._plan.drifts and self._route is not None:
-            self._note(_BYPASSED.format("sizes change from step to step ('smooth_scaling')"))
+            self._note_uncompiled("sizes change from step to step ('smooth_scaling')")
             return network(*args, **kwargs)
-        output = graphs.call(network, state, self._partitions, args, kwargs)
-        if graphs.bypassed:
-            self._note(_BYPASSED.format(graphs.bypassed))
-        return output
+        return graphs.call(network, state, self._partitions, args, kwargs, self._note_uncompiled)
+
+    def _note_uncompiled(self, why: str) -> None:
+        self._note(f"torch.compile is bypassed while the network is patched: {why}.")
 
     # Telling where the run is ----------------------------------------------------------------------------------------
 

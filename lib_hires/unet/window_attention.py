@@ -149,16 +149,14 @@ class Partitions:
 
     def of(self, layer: int, size: tuple[int, int], x: torch.Tensor, args: tuple, kwargs: dict) -> Partition | None:
         """For a call of a layer's attention with tokens x: (B, N, C) of a map of `size`; None where it stays as it is."""
+        told = _told(size, x, args, kwargs)
         if self.prepared is not None:
-            return self.prepared.get(layer)
-        if min(size) < GRID:
-            return None
-        told: Asked = (*size, x.shape[0], x.device)
-        if x.shape[1] != size[0] * size[1]:
-            told = "its tokens are merged or tiled by something else"
-        elif _reads_more(x, args, kwargs):
-            told = "its self-attention reads a second picture or a mask"
-        self.asked[layer] = told
+            parts = self.prepared.get(layer)
+            if (parts is None) == isinstance(told, tuple):
+                raise AskedOtherwise
+            return parts
+        if told is not None:
+            self.asked[layer] = told
         return self._at(layer, told)
 
     def prepare(self, asked: Mapping[int, Asked]) -> dict[int, Partition]:
@@ -166,9 +164,10 @@ class Partitions:
         found = ((layer, self._at(layer, told)) for layer, told in asked.items())
         return {layer: parts.again() for layer, parts in found if parts is not None}
 
-    def _at(self, layer: int, told: Asked) -> Partition | None:
+    def _at(self, layer: int, told: Asked | None) -> Partition | None:
         if isinstance(told, str):
             self._pass_by(told)
+        if not isinstance(told, tuple):
             return None
         height, width, rows, device = told
         return self._find(height, width, self._shifts(layer, rows), device)
@@ -179,6 +178,21 @@ class Partitions:
 
 Asked = tuple[int, int, int, torch.device] | str
 """(height, width, rows, device) of the tokens that a layer cut, or why it was left as it is."""
+
+
+class AskedOtherwise(Exception):
+    """A layer attends now where nothing was prepared for it, or the other way round."""
+
+
+def _told(size: tuple[int, int], x: torch.Tensor, args: tuple, kwargs: dict) -> Asked | None:
+    """What tokens x: (B, N, C) are cut by; None for a map too small to cut."""
+    if min(size) < GRID:
+        return None
+    if x.shape[1] != size[0] * size[1]:
+        return "its tokens are merged or tiled by something else"
+    if _reads_more(x, args, kwargs):
+        return "its self-attention reads a second picture or a mask"
+    return (*size, x.shape[0], x.device)
 
 
 def attend_in_windows(

@@ -5,6 +5,7 @@ The backend here runs what Dynamo traced as it is, so that outputs can be compar
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import weakref
@@ -16,7 +17,7 @@ from support.snapshots import differences, of_tree
 
 from lib_hires import DeepShrink, HiDiffusion
 from lib_hires.unet.attention_maps import AttentionMaps
-from lib_hires.unet.session import Session
+from lib_hires.unet.session import Session, sessions_on
 
 EARLY, LATE = 900.0, 100.0
 BOTH_FORMS = pytest.mark.parametrize(("kind", "in_place"), [("diffusers-small", False), ("ldm-small", True)])
@@ -134,6 +135,76 @@ def test_what_does_not_compile_runs_uncompiled_and_that_is_said(kind, in_place):
     outputs, session = drawn(compile_(unet, in_place, broken), HiDiffusion(), values, [EARLY] * 3)
     assert all(map(torch.equal, outputs, wanted))
     assert len(session.notes) == 1 and "no compiler here" in session.notes[0]
+
+
+@BOTH_FORMS
+def test_a_network_that_breaks_into_several_graphs_runs_uncompiled_while_it_is_patched(kind, in_place):
+    """What follows a break is looked up by code that all states share, and hooks are no part of what is compared."""
+    unet, backend, values = unets.build(kind), Backend(), unets.inputs(kind, (32, 32))
+    embed = unet.time_embedding if kind.startswith("diffusers") else unet.time_embed
+    embed.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    method = DeepShrink(smooth_scaling=False)
+    plain, (wanted, _) = unets.call(unet, values), drawn(unet, method, values, [EARLY] * 3)
+    unet = compile_(unet, in_place, backend)
+    for _ in range(2):
+        outputs, session = drawn(unet, method, values, [EARLY] * 3)
+        assert all(map(torch.equal, outputs, wanted)) and "it does not compile so" in session.notes[0]
+        assert torch.equal(unets.call(unet, values), plain)
+
+
+def test_a_call_that_fails_by_itself_leaves_the_network_compiled():
+    unet, backend, values = unets.build("diffusers-small"), Backend(), unets.inputs("diffusers-small", (32, 32))
+    unet = compile_(unet, False, backend)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        drawn(unet, HiDiffusion(), values | {"context": values["context"].double()}, [EARLY] * 2)
+    _, session = drawn(unet, HiDiffusion(), values, [EARLY] * 3)
+    assert backend.runs == 2 and not session.notes
+
+
+def test_tokens_that_are_tiled_in_the_middle_of_a_run_are_passed_by():
+    def tile(module):
+        forward = module.forward
+        module.forward = lambda x, *args, **kwargs: forward(x.reshape(4, -1, x.shape[-1]), *args, **kwargs).view_as(x)
+
+    def run(unet):
+        attention = [module for name, module in unet.named_modules() if name.endswith("attn1") and "mid" not in name]
+        with Session(unet, [HiDiffusion(raunet=False)], unets.COMMON) as session:
+            outputs = [unets.call(unet, values, timestep=EARLY) for _ in range(2)]
+            found = [vars(module)["forward"] for module in attention]
+            for module in attention:
+                tile(module)
+            outputs += [unets.call(unet, values, timestep=EARLY) for _ in range(2)]
+            for module, forward in zip(attention, found):
+                module.forward = forward
+            return [*outputs, unets.call(unet, values, timestep=EARLY)], session.notes
+
+    unet, values = unets.build("diffusers-small"), unets.inputs("diffusers-small", (32, 32))
+    wanted, said = run(unet)
+    outputs, notes = run(compile_(unet, False, Backend()))
+    assert all(map(torch.equal, outputs, wanted)) and notes == said != []
+
+
+def test_sessions_and_maps_that_are_closed_in_the_order_they_were_opened_leave_nothing():
+    unet = compile_(unets.build("diffusers-small"), True, Backend())
+    before = of_tree(unet)
+    for first, second in (
+        (Session(unet, [HiDiffusion()], unets.COMMON), AttentionMaps(unet)),
+        (AttentionMaps(unet), Session(unet, [HiDiffusion()], unets.COMMON)),
+    ):
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        second.__exit__()
+        assert not differences(before, of_tree(unet))
+
+
+def test_a_deep_copy_inside_a_session_leaves_the_session_where_it_was():
+    unet = compile_(unets.build("diffusers-small"), False, Backend())
+    session = Session(unet, [HiDiffusion()], unets.COMMON).open()
+    copy.deepcopy(unet)
+    assert sessions_on(unet) == [session]
+    session.close()
+    assert not sessions_on(unet) and not sessions_on(unet._orig_mod)
 
 
 def test_a_network_that_does_not_tell_how_it_was_compiled_runs_uncompiled_and_that_is_said():
