@@ -147,7 +147,7 @@ def graphs_of(unet: nn.Module) -> Graphs | None:
     return kept
 
 
-def take_over(unet: nn.Module, network: nn.Module, call: Callable, log: UndoLog) -> Graphs | None:
+def take_over(unet: nn.Module, network: nn.Module, call: Callable, log: UndoLog) -> None:
     """Make a compiled network call `call(graphs, whole, network, *args, **kwargs)` in place of its forward.
 
     network: what `unet` is or, where `torch.compile` was called with it, wraps. `whole` is compiled for the network without
@@ -159,7 +159,6 @@ def take_over(unet: nn.Module, network: nn.Module, call: Callable, log: UndoLog)
     elif graphs is not None:
         _uncompile(unet, graphs, log)
         log.override(unet, "forward", lambda forward: partial(call, graphs, None, forward))
-    return graphs
 
 
 def let_rest(unet: nn.Module, network: nn.Module, log: UndoLog) -> bool:

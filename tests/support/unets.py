@@ -9,7 +9,7 @@ forge             an SD1.5 UNet whose blocks and up-samplers are called as Forge
 
 import contextlib
 import io
-from functools import cache
+from functools import cache, partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -115,15 +115,15 @@ class IntegratedUNet2DConditionModel(UNetModel):
         return self.out(h)
 
 
-def _ldm_sd15(in_channels):
+def _ldm_sd15(in_channels, pairs=2, attended=(1, 2, 4)):
     return UNetModel(
         image_size=32,
         in_channels=in_channels,
         out_channels=4,
         model_channels=32,
         channel_mult=(1, 1, 2, 2),
-        num_res_blocks=2,
-        attention_resolutions=[1, 2, 4],
+        num_res_blocks=pairs,
+        attention_resolutions=list(attended),
         num_heads=2,
         context_dim=CONTEXT,
         use_spatial_transformer=True,
@@ -170,21 +170,6 @@ def _diffusers_sdxl(in_channels):
     )
 
 
-def _ldm_small(in_channels):
-    return openaimodel.UNetModel(
-        image_size=32,
-        in_channels=in_channels,
-        out_channels=4,
-        model_channels=32,
-        channel_mult=(1, 1, 2, 2),
-        num_res_blocks=1,
-        attention_resolutions=[1],
-        num_heads=2,
-        context_dim=CONTEXT,
-        use_spatial_transformer=True,
-    )
-
-
 def _diffusers_small(in_channels):
     return UNet2DConditionModel(
         in_channels=in_channels,
@@ -204,7 +189,7 @@ _BUILDERS = {
     "diffusers-sd15": _diffusers_sd15,
     "diffusers-sdxl": _diffusers_sdxl,
     "forge": _forge,
-    "ldm-small": _ldm_small,  # SD1.5's levels, as little as can be in each: for what traces the network
+    "ldm-small": partial(_ldm_sd15, pairs=1, attended=(1,)),  # SD1.5's levels, as little as can be in each: for what traces the network
     "diffusers-small": _diffusers_small,
 }
 
